@@ -1,0 +1,1 @@
+"""Quantize diffusion models after training and run them at low bits in JAX."""

@@ -1,0 +1,112 @@
+"""Dense and Conv: the two pluggable layers that every model here is built of.
+
+Both take a float kernel or a QTensor kernel from the same place in the params tree, so a
+model is quantized by replacing leaves and by nothing else. How the layer's input is
+quantized travels with the QTensor (`QTensor.act`); static and per-step ranges are read
+from the `"quant"` variable collection, at the layer's own path, where the sampler's scan
+puts the current row of the step table.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from qjax.core import ops
+from qjax.core.qtensor import QTensor
+from qjax.core.typing import Array, Float
+
+default_kernel_init = nn.initializers.lecun_normal()
+
+
+def _kernel(module: nn.Module, init, shape: Sequence[int], param_dtype) -> Array | QTensor:
+    """The leaf named `kernel` as it is stored; created only when absent.
+
+    `Module.param` would unbox a QTensor and check the shape of what comes out, so an
+    existing leaf is read as a plain variable.
+    """
+    if module.has_variable("params", "kernel"):
+        leaf = module.get_variable("params", "kernel")
+        return leaf if isinstance(leaf, QTensor) else nn.meta.unbox(leaf)
+    return module.param("kernel", init, tuple(shape), param_dtype)
+
+
+def _row(module: nn.Module) -> dict[str, Array]:
+    """The layer's entries of the current step's row; empty where there are none."""
+    if module.is_initializing():
+        return {}
+    return dict(module.variables.get("quant", {}))
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias` over the last axis, in float or at the kernel's low bits.
+
+    Attributes:
+      features: Output features.
+      use_bias: Whether a bias is added.
+      dtype: Float dtype of the computation; None computes in the input's dtype.
+      param_dtype: Dtype in which `init` creates the parameters.
+      kernel_init: Initializer of the kernel `[i, o]`.
+      bias_init: Initializer of the bias `[o]`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = _kernel(
+            self, self.kernel_init, (x.shape[-1], self.features), self.param_dtype
+        )
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        y = ops.matmul(x, kernel, row=_row(self))
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """2-D convolution over `[b, h, w, c]`, in float or at the kernel's low bits.
+
+    Attributes:
+      features: Output features.
+      kernel_size: Height and width of the kernel.
+      strides: Step between output pixels, the same on both axes.
+      padding: Zeros around the image: `((top, bottom), (left, right))`, or `"SAME"` or
+        `"VALID"`. Checkpoints of PyTorch with `padding=p` are `((p, p), (p, p))`.
+      use_bias: Whether a bias is added.
+      dtype: Float dtype of the computation; None computes in the input's dtype.
+      param_dtype: Dtype in which `init` creates the parameters.
+      kernel_init: Initializer of the kernel `[h, w, i, o]`.
+      bias_init: Initializer of the bias `[o]`.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: int = 1
+    padding: str | Sequence[tuple[int, int]] = "SAME"
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = _kernel(self, self.kernel_init, shape, self.param_dtype)
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        y = ops.conv(x, kernel, strides=self.strides, padding=self.padding, row=_row(self))
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        return y
+
+

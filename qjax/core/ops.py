@@ -1,0 +1,233 @@
+"""matmul and conv over float arrays or QTensors: the one caller of the kernels.
+
+A float weight means the plain float operation. A QTensor without `act` is dequantized in
+pieces and multiplied in float; with `act` the input is quantized too, as `act` says, and the
+arithmetic is int8 with int32 sums.
+
+Gradients reach the input only, and pass through the rounding as if it were not there (the
+straight-through estimator): `d matmul(x, w) = dx @ w.dequantize()`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.core.config import ActSpec
+from qjax.core.qtensor import QTensor
+from qjax.core.quantizers import Codes, quantize_activation
+from qjax.core.typing import Array, Float, Int
+from qjax.kernels.packing import Format
+from qjax.kernels.quant_conv_xla import explicit_padding, im2col, pad_image, shifted_dots
+from qjax.kernels.quant_matmul import quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul_xla import in_row_blocks
+
+Row = Mapping[str, Array]
+
+# Rows from which a CPU takes them in blocks, and the block: at 2048 x 1152 x 4608 the whole
+# matmul took 1.4x the time of f32 and blocks of 512 took 0.8x (benchmarks/matmul.py).
+BLOCK_FROM_ROWS = 1024
+BLOCK_ROWS = 512
+
+_IMAGE = ("NHWC", "HWIO", "NHWC")
+
+
+def choose_group_size(
+    group_size: int | tuple[int | None, ...] | None, size: int
+) -> int | None:
+    """The group size for `size` input channels; None means that all share a scale.
+
+    Of a tuple the first that divides `size` (None always does).
+
+    Raises:
+      ValueError: If none divides.
+    """
+    candidates = group_size if isinstance(group_size, tuple) else (group_size,)
+    for candidate in candidates:
+        if candidate is None or (candidate <= size and size % candidate == 0):
+            return None if candidate == size else candidate
+    divisors = [n for n in (512, 256, 192, 128, 96, 64, 48, 32, 16, 8) if size % n == 0]
+    raise ValueError(
+        f"group_size must divide the {size} input channels; got {group_size}. Use "
+        f"{' or '.join(map(str, divisors[:3])) or 'None'}, or a tuple that ends with None "
+        "for one scale per output channel where nothing else divides."
+    )
+
+
+def matmul(
+    x: Float[Array, "*b i"], w: Float[Array, "i o"] | QTensor, *, row: Row | None = None
+) -> Float[Array, "*b o"]:
+    """`x @ w` in the dtype of `x`.
+
+    Args:
+      x: Input; its last axis is contracted.
+      w: Kernel `[i, o]`, float or quantized.
+      row: This layer's entries of the step's row (`act_scale`, `act_zero_point`, `act_qmin`,
+        `act_qmax`), for activations whose range does not come from `x` itself.
+
+    Raises:
+      ValueError: If the shapes do not match, or the row lacks what `w.act` needs.
+    """
+    if not isinstance(w, QTensor):
+        return jnp.matmul(x, w.astype(x.dtype))
+    if w.ndim != 2 or w.axis != -2 or w.shape[0] != x.shape[-1]:
+        raise ValueError(
+            "matmul needs a kernel [i, o] whose i is the last axis of x; got "
+            f"w.shape={w.shape}, w.axis={w.axis}, x.shape={x.shape}."
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    return _matmul(rows, w, dict(row or {})).reshape(*x.shape[:-1], w.shape[1])
+
+
+@jax.custom_jvp
+def _matmul(x: Float[Array, "m i"], w: QTensor, row: dict[str, Array]) -> Float[Array, "m o"]:
+    fmt, scale, zero_point = _format(w), w.scale, w.zero_point
+    if w.act is None:
+        return weight_matmul(x, w.qvalue, scale, zero_point, fmt=fmt)
+    act = w.act
+
+    def low_bit(x):
+        p = _activation_codes(x, act, row, (-1,))
+        y = quant_matmul(p.codes, p.scale, p.zero_point, w.qvalue, scale, zero_point, fmt=fmt)
+        return y.astype(x.dtype)
+
+    row_wise = act.mode != "dynamic" or act.granularity != "per_tensor"
+    if x.shape[0] <= BLOCK_FROM_ROWS or not row_wise:
+        return low_bit(x)
+    blocked = lambda x: in_row_blocks(low_bit, x, rows=BLOCK_ROWS)
+    return lax.platform_dependent(x, cpu=blocked, default=low_bit)
+
+
+@_matmul.defjvp
+def _matmul_jvp(primals, tangents):
+    x, w, row = primals
+    return _matmul(x, w, row), jnp.matmul(tangents[0], w.dequantize(x.dtype))
+
+
+def conv(
+    x: Float[Array, "b h w i"],
+    w: Float[Array, "kh kw i o"] | QTensor,
+    *,
+    strides: int = 1,
+    padding="SAME",
+    row: Row | None = None,
+) -> Float[Array, "b h2 w2 o"]:
+    """2-D convolution in the dtype of `x`.
+
+    Args:
+      x: Images.
+      w: Kernel `[h, w, i, o]`, float or quantized.
+      strides: Step between output pixels, the same on both axes.
+      padding: `((top, bottom), (left, right))`, `"SAME"` or `"VALID"`.
+      row: This layer's entries of the step's row, as for `matmul`; `act_scale` is a scalar.
+
+    Raises:
+      ValueError: If the kernel does not fit the image, or the row lacks what `w.act` needs.
+    """
+    if x.ndim != 4 or w.ndim != 4 or w.shape[2] != x.shape[3]:
+        raise ValueError(
+            "conv needs images [b, h, w, i] and a kernel [h, w, i, o] of the same i; got "
+            f"x.shape={x.shape}, w.shape={w.shape}."
+        )
+    pads = explicit_padding(padding, x.shape[1:3], w.shape[:2], strides)
+    if not isinstance(w, QTensor):
+        return _float_conv(x, w.astype(x.dtype), strides, pads)
+    return _conv(strides, pads, x, w, dict(row or {}))
+
+
+def _float_conv(x, w, strides, pads):
+    return lax.conv_general_dilated(x, w, (strides, strides), pads, dimension_numbers=_IMAGE)
+
+
+def _low_bit_conv(strides, pads, x, w: QTensor, row):
+    kh, kw, i, o = w.shape
+    if w.act is None:
+        patch_bytes = kh * kw * x.size // strides**2 * x.dtype.itemsize
+        if patch_bytes >= w.size * x.dtype.itemsize:
+            return _float_conv(x, w.dequantize(x.dtype), strides, pads)
+        patches = im2col(pad_image(x, pads, None), (kh, kw), strides)
+        flat = patches.reshape(-1, kh * kw * i)
+        y = weight_matmul(flat, *_as_matrix(w), fmt=_matrix_format(w))
+        return y.reshape(*patches.shape[:3], o)
+
+    p = _activation_codes(x, w.act, row, (-3, -2, -1))
+    codes = pad_image(p.codes, pads, p.zero_point)
+    if w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1:
+        if w.zero_point is None and p.zero_point is None and _prefer_shifts(kh * kw, i):
+            dots = shifted_dots(codes, w.codes(), strides)
+            y = dots.astype(jnp.float32) * p.scale * w.scale.astype(jnp.float32)
+            return y.astype(x.dtype)
+    patches = im2col(codes, (kh, kw), strides)
+    b, h2, w2, k = patches.shape
+
+    def per_row(array: Array | None) -> Array | None:
+        if array is None or array.size == 1:
+            return None if array is None else array.reshape(1, 1)
+        return jnp.broadcast_to(array, (b, h2, w2, 1)).reshape(-1, 1)
+
+    y = quant_matmul(
+        patches.reshape(-1, k),
+        per_row(p.scale),
+        per_row(p.zero_point),
+        *_as_matrix(w),
+        fmt=_matrix_format(w),
+    )
+    return y.reshape(b, h2, w2, o).astype(x.dtype)
+
+
+_conv = jax.custom_jvp(_low_bit_conv, nondiff_argnums=(0, 1))
+
+
+@_conv.defjvp
+def _conv_jvp(strides, pads, primals, tangents):
+    x, w, row = primals
+    y = _conv(strides, pads, x, w, row)
+    return y, _float_conv(tangents[0], w.dequantize(x.dtype), strides, pads)
+
+
+def _prefer_shifts(taps: int, channels: int) -> bool:
+    """Whether one matmul per tap beats gathering patches first; benchmarks/conv.py."""
+    return taps > 1 and channels >= 128
+
+
+def _activation_codes(
+    x: Array, act: ActSpec, row: Row, sample_axes: tuple[int, ...]
+) -> Codes:
+    group_size = None
+    if act.granularity == "per_group" and act.mode == "dynamic":
+        if len(sample_axes) > 1:
+            raise ValueError(
+                "Activations with granularity='per_group' are for matmuls; a convolution takes "
+                "'per_token' (one scale per image) or 'per_tensor'."
+            )
+        group_size = choose_group_size(act.group_size, x.shape[-1]) or x.shape[-1]
+    return quantize_activation(x, act, group_size=group_size, sample_axes=sample_axes, row=row)
+
+
+def _format(w: QTensor) -> Format:
+    packed = w.layout == "packed"
+    return Format(bits=w.bits, block=w.block, pad=w.pad, packed=packed)
+
+
+def _as_matrix(w: QTensor) -> tuple[Array, Array, Int[Array, "g n"] | None]:
+    """Codes, scale and zero point of a kernel `[h, w, i, o]` as a matrix `[h*w*i, o]`.
+
+    Padding at the end of every tap would fall between the rows, so it is cut out first.
+    """
+    kh, kw, _, o = w.shape
+    q = w.codes() if w.pad else w.qvalue
+
+    def groups(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        if array.shape[:3] == (1, 1, 1):
+            return array.reshape(1, array.shape[-1])
+        spread = jnp.broadcast_to(array, (kh, kw, *array.shape[2:]))
+        return spread.reshape(-1, array.shape[-1])
+
+    return q.reshape(-1, o), groups(w.scale), groups(w.zero_point)
+
+
+def _matrix_format(w: QTensor) -> Format:
+    return Format(bits=w.bits) if w.pad else _format(w)
