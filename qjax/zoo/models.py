@@ -3,6 +3,7 @@
 from flax import linen as nn
 
 from qjax.models.dit import DiT, DiTConfig
+from qjax.models.samplers import DDIM
 from qjax.models.schedules import Schedule
 from qjax.models.unet2d import UNet2DModel
 from qjax.models.unet2d_config import UNet2DConfig
@@ -11,6 +12,8 @@ NUM_CLASSES = 10
 NULL_LABEL = NUM_CLASSES
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+
+SAMPLER = DDIM(schedule=SCHEDULE, clip_sample=False)
 
 FASHION_DIT = DiTConfig(
     sample_size=32,
