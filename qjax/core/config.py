@@ -146,6 +146,7 @@ class QuantConfig:
       act: Default of the same layers' inputs.
       scale_dtype: Dtype in which scales are stored. The integers are computed with the
         scale as stored, so its rounding adds no error.
+      float_dtype: Dtype in which the leaves left in float are stored; None leaves theirs.
       allow_unmatched: Accept rules that match nothing (recipes that serve several models).
     """
 
@@ -153,11 +154,13 @@ class QuantConfig:
     weight: WeightSpec | None = None
     act: ActSpec | None = None
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    float_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     allow_unmatched: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "rules", tuple(self.rules))
         _require(self.scale_dtype, ("bfloat16", "float16", "float32"), "scale_dtype")
+        _require(self.float_dtype, ("bfloat16", "float16", "float32", None), "float_dtype")
         if self.weight is None and self.act is not None:
             raise ValueError("QuantConfig has a default act but no default weight.")
 

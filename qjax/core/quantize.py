@@ -378,7 +378,7 @@ _jitted: Callable[..., QTensor] = jax.jit(
 
 def _quantize_leaf(entry: PlanEntry, leaf: Any, config: QuantConfig, *, box: bool) -> Any:
     if entry.weight is None:
-        return leaf
+        return _cast_float(entry.path, leaf, config)
     if not isinstance(leaf, jax.core.Tracer):
         finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)
         if not bool(finite):
@@ -391,6 +391,19 @@ def _quantize_leaf(entry: PlanEntry, leaf: Any, config: QuantConfig, *, box: boo
     # The path is not part of what is compiled: leaves of one shape share a program.
     anonymous = dataclasses.replace(entry, path="", reason="")
     return _jitted(leaf, anonymous, axes, config, box=box)
+
+
+def _cast_float(path: str, leaf: Any, config: QuantConfig) -> Any:
+    """A leaf left in float, in the dtype the config stores such leaves in."""
+    if config.float_dtype is None or leaf.dtype == jnp.dtype(config.float_dtype):
+        return leaf
+    cast = jnp.asarray(leaf).astype(config.float_dtype)
+    if not isinstance(cast, jax.core.Tracer) and not bool(_all_finite(cast)):
+        raise ValueError(
+            f"{path} must stay finite in float_dtype={config.float_dtype!r}; its largest "
+            f"magnitude is {float(jnp.max(jnp.abs(leaf)))}. Use bfloat16, or None to leave it."
+        )
+    return cast
 
 
 @jax.jit

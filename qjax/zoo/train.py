@@ -64,7 +64,7 @@ class TrainConfig:
 
 RUNS = {
     "fashion-dit": TrainConfig(steps=4500, learning_rate=1.5e-3),
-    "fashion-unet": TrainConfig(steps=4500, batch=64),
+    "fashion-unet": TrainConfig(steps=3000, batch=64),
     "fashion-features": TrainConfig(steps=2500, learning_rate=2e-3, ema=0.995),
 }
 

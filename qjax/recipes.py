@@ -1,0 +1,93 @@
+"""Named settings, one function each, after the literature.
+
+| recipe | weights | activations | source |
+|---|---|---|---|
+| `w8a8` | 8 bits, per output channel | 8 bits, dynamic per token | Nagel et al. 2021 |
+| `w4a16` | 4 bits, groups of 64 or 128 | float | Frantar et al. 2022 |
+| `w4a8` | 4 bits, groups of 64 or 128 | 8 bits, dynamic per token | Chen et al. 2025 (Q-DiT) |
+
+All three are data-free. The layers next to the pixels and the embedders stay in 16 bits:
+they hold few weights and their error reaches every pixel, or every layer, directly.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
+
+# Layers at the edge of the network, by the names they have in the models here.
+EDGES = (
+    Rule(
+        pattern=r"(.*/)?(conv_in|conv_out|patch_embed|final_linear)/kernel",
+        reason="next to the pixels: few weights, and its error reaches every pixel",
+    ),
+    Rule(
+        pattern=r"(.*/)?(conditioning|time_embedding|time_proj|class_embedding)/.*kernel",
+        reason="embeds time and class: few weights, and its error reaches every layer",
+    ),
+)
+
+# 128 divides the widths of DiT-XL/2 (1152, 4608), 64 those of Stable Diffusion (320, 960);
+# narrower layers share one scale per output channel.
+GROUP_SIZES = (128, 64, None)
+
+DYNAMIC_A8 = ActSpec(bits=8, mode="dynamic", granularity="per_token")
+
+
+def w8a8() -> QuantConfig:
+    """8-bit weights per output channel and 8-bit dynamic activations per token.
+
+    References:
+      Nagel et al., A White Paper on Neural Network Quantization, 2021,
+      https://arxiv.org/abs/2106.08295.
+    """
+    return _config(WeightSpec(bits=8), DYNAMIC_A8)
+
+
+def w4a16() -> QuantConfig:
+    """4-bit weights in groups of 128 or 64, the range by search; activations in float.
+
+    References:
+      Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323 (grouped 4-bit weights; the
+      rounding here is to nearest).
+    """
+    return _config(_W4, None)
+
+
+def w4a8() -> QuantConfig:
+    """4-bit weights in groups of 128 or 64 and 8-bit dynamic activations per token.
+
+    References:
+      Chen et al., Q-DiT, CVPR 2025, https://arxiv.org/abs/2406.17343 (group quantization and
+      dynamic activations; without its search and GPTQ).
+    """
+    return _config(_W4, DYNAMIC_A8)
+
+
+_W4 = WeightSpec(bits=4, granularity="per_group", group_size=GROUP_SIZES, method="mse")
+
+
+def _config(weight: WeightSpec, act: ActSpec | None) -> QuantConfig:
+    return QuantConfig(
+        rules=EDGES, weight=weight, act=act, float_dtype="float16", allow_unmatched=True
+    )
+
+
+RECIPES: dict[str, Callable[[], QuantConfig]] = {"w8a8": w8a8, "w4a16": w4a16, "w4a8": w4a8}
+
+
+def by_name(name: str) -> QuantConfig:
+    """The recipe called `name`.
+
+    Raises:
+      ValueError: If there is none of that name; the error lists them.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {name!r}.")
+    return RECIPES[name]()
+
+
+def without_activations(config: QuantConfig) -> QuantConfig:
+    """The same weights with float activations, to see what each half costs."""
+    rules = tuple(dataclasses.replace(rule, act=None) for rule in config.rules)
+    return dataclasses.replace(config, rules=rules, act=None)

@@ -1,0 +1,386 @@
+"""Unmodified Linen models on QTensors: boxes that dequantize, and low-bit interception."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from qjax.core import foreign, linen
+from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
+from qjax.core.qtensor import QTensor, from_codes, is_qtensor
+from qjax.core.quantize import dequantize, quantize, quantize_leaf
+
+W4 = WeightSpec(bits=4, granularity="per_group", group_size=(8, 4))
+W8 = WeightSpec(bits=8)
+A8 = ActSpec(bits=8)
+
+
+class Block(nn.Module):
+    """A transformer block with everything DenseGeneral does for attention."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(nn.LayerNorm()(x))
+        x = x + y
+        y = nn.Dense(32, name="up")(nn.LayerNorm()(x))
+        return x + nn.Dense(x.shape[-1], use_bias=False, name="down")(nn.gelu(y)), None
+
+
+class Net(nn.Module):
+    """A small vision model; nothing in it knows of quantization."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(16, (3, 3), name="stem")(images)
+        x = nn.Conv(16, (3, 3), strides=2, padding=1, use_bias=False, name="halve")(nn.silu(x))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x, _ = Block(name="block")(x)
+        return nn.Dense(5, name="head")(x.mean(axis=1))
+
+
+@pytest.fixture
+def images(key):
+    return jax.random.normal(key, (2, 8, 8, 3))
+
+
+@pytest.fixture
+def params(key, images):
+    params = Net().init(key, images)["params"]
+    # Biases and norms away from 0 and 1, so that forgetting one shows.
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def config(weight=W8, act=None):
+    stem = Rule(pattern="stem/kernel", weight=W8, act=act)  # 3 input channels: no groups
+    return QuantConfig(rules=(stem,), weight=weight, act=act)
+
+
+def apply(params, images):
+    return Net().apply({"params": params}, images)
+
+
+def low_bit(params, images):
+    with linen.intercept():
+        return apply(params, images)
+
+
+def dot_dtypes(function, *args):
+    """Operand and result dtypes of every dot_general in the program, inner ones included."""
+    found = []
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                dtypes = (*(v.aval.dtype for v in eqn.invars), eqn.outvars[0].aval.dtype)
+                found.append(tuple(str(dtype) for dtype in dtypes))
+            for value in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+            ):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+def relative(y, reference):
+    return float(jnp.linalg.norm(y - reference) / jnp.linalg.norm(reference))
+
+
+@pytest.mark.parametrize("weight", [W8, W4], ids=["w8", "w4"])
+def test_an_unmodified_model_reads_the_dequantized_weights(params, images, weight):
+    qparams = quantize(params, config(weight))
+    assert is_qtensor(qparams["block"]["attn"]["query"]["kernel"])
+    np.testing.assert_allclose(
+        apply(qparams, images), apply(dequantize(qparams), images), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_it_does_under_jit_and_remat_and_its_gradient_is_that_of_dequantized_weights(
+    params, images
+):
+    qparams = quantize(params, config(W4))
+    floats = dequantize(qparams)
+    wrapped = nn.remat(Net)()
+    loss = lambda params: lambda x: jnp.sum(wrapped.apply({"params": params}, x) ** 2)
+    y, gradient = jax.jit(lambda p, x: jax.value_and_grad(loss(p))(x))(qparams, images)
+    expected, expected_gradient = jax.value_and_grad(loss(floats))(images)
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_float_leaves_need_no_integer_gradients(params, images):
+    qparams = quantize(params, config())
+    bias = qparams["head"]["bias"]
+
+    def loss(bias):
+        return jnp.sum(apply({**qparams, "head": {**qparams["head"], "bias": bias}}, images))
+
+    np.testing.assert_allclose(jax.grad(loss)(bias), jnp.full(5, 2.0), rtol=1e-6)
+
+
+def test_vmap_over_stacked_qtensors_equals_a_loop(params, images):
+    trees = [quantize(jax.tree.map(lambda w, k=k: w * k, params), config(W4)) for k in (1.0, 0.5)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    y = jax.vmap(apply, in_axes=(0, None))(stacked, images)
+    expected = jnp.stack([apply(tree, images) for tree in trees])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def stacked_blocks(key, x, layers=3):
+    """Params of `layers` scanned blocks, quantized layer by layer, and their float values."""
+    float_params = jax.vmap(lambda k: Block().init(k, x)["params"])(jax.random.split(key, layers))
+    qparams = jax.vmap(lambda p: quantize(p, QuantConfig(weight=W4, act=A8)))(float_params)
+    return qparams
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, nn.remat], ids=["plain", "remat"])
+def test_scan_over_stacked_qtensors_equals_a_loop_plain_and_intercepted(key, wrap):
+    x = jax.random.normal(key, (2, 4, 16))
+    qparams = stacked_blocks(key, x)
+    scanned = nn.scan(
+        wrap(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )()
+
+    def loop(x):
+        for i in range(3):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], qparams)
+            x, _ = Block().apply({"params": layer}, x)
+        return x
+
+    y, _ = jax.jit(scanned.apply)({"params": qparams}, x)
+    np.testing.assert_allclose(y, loop(x), rtol=1e-5, atol=1e-5)
+    with linen.intercept() as log:
+        y, _ = scanned.apply({"params": qparams}, x)
+        expected = loop(x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert ("attn/query/kernel", "low-bit") in log.layers
+    assert {outcome for _, outcome in log.layers} == {"low-bit"}
+    np.testing.assert_array_less(relative(y, loop(x)), 0.05)
+
+
+def test_lifted_vmap_maps_over_stacked_qtensors(key):
+    x = jax.random.normal(key, (3, 2, 4, 16))
+    qparams = stacked_blocks(key, x[0])
+    mapped = nn.vmap(Block, variable_axes={"params": 0}, split_rngs={"params": True})()
+    y, _ = mapped.apply({"params": qparams}, x)
+    for i in range(3):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], qparams)
+        expected, _ = Block().apply({"params": layer}, x[i])
+        np.testing.assert_allclose(y[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scan_over_layers_that_share_scales_raises():
+    stacked = linen.box(from_codes(jnp.ones((3, 8, 4), jnp.int8), jnp.ones((1, 1, 4)), bits=4))
+    with pytest.raises(ValueError, match="the layers share them.*jax.vmap"):
+        stacked.remove_axis(0, {})
+
+
+def test_a_scan_over_the_input_channels_raises():
+    q = linen.box(from_codes(jnp.ones((8, 4), jnp.int8), jnp.ones((1, 4)), bits=4))
+    with pytest.raises(ValueError, match="stack the layers on another axis"):
+        q.remove_axis(-2, {})
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, -1])
+def test_removing_an_axis_undoes_adding_it_wherever_it_stands(index):
+    codes = jnp.arange(24, dtype=jnp.int8).reshape(6, 4) - 8
+    q = linen.box(from_codes(codes, jnp.ones((1, 4)), bits=8))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf, leaf], index), q)
+    there = stacked.add_axis(index, {})
+    np.testing.assert_array_equal(there.unbox(), jnp.stack([q.unbox()] * 3, index))
+    assert there.remove_axis(index, {}).axis == q.axis
+
+
+def test_eval_shape_of_apply_needs_no_arrays(params, images):
+    qparams = jax.eval_shape(lambda p: quantize(p, config(W4, A8)), params)
+    assert jax.eval_shape(apply, qparams, images).shape == (2, 5)
+    assert nn.unbox(qparams)["stem"]["kernel"].shape == (3, 3, 3, 16)
+
+
+def test_flax_unbox_dequantizes_and_unbox_tree_does_not(params):
+    qparams = quantize(params, config(W4))
+    kernel = nn.unbox(qparams)["head"]["kernel"]
+    np.testing.assert_array_equal(kernel, qparams["head"]["kernel"].dequantize())
+    bare = linen.unbox_tree(qparams)["head"]["kernel"]
+    assert type(bare) is QTensor and bare.bits == 4
+    boxed = linen.box_tree(linen.unbox_tree(qparams))
+    assert jax.tree.structure(boxed) == jax.tree.structure(qparams)
+
+
+def test_a_box_is_replaced_by_qtensors_only():
+    q = from_codes(jnp.ones((8, 4), jnp.int8), jnp.ones((1, 4)), bits=4)
+    assert isinstance(linen.box(q).replace_boxed(q), linen.BoxedQTensor)
+    with pytest.raises(TypeError, match="Quantize the new value"):
+        linen.box(q).replace_boxed(jnp.ones((8, 4)))
+
+
+def test_boxes_nest_in_partitioned(params, images):
+    qparams = quantize(params, config(W4, A8))
+    names = lambda leaf: (None,) * (leaf.ndim - 1) + ("model",)
+    nested = jax.tree.map(
+        lambda leaf: nn.Partitioned(leaf, names=names(leaf)), qparams, is_leaf=is_qtensor
+    )
+    np.testing.assert_array_equal(apply(nested, images), apply(qparams, images))
+    np.testing.assert_array_equal(low_bit(nested, images), low_bit(qparams, images))
+    kernel = meta.unbox(nested)["head"]["kernel"]
+    np.testing.assert_array_equal(kernel, qparams["head"]["kernel"].dequantize())
+
+
+@pytest.mark.parametrize("weight", [W8, W4], ids=["w8a8", "w4a8"])
+def test_interception_computes_in_int8_within_the_error_of_the_activations(params, images, weight):
+    qparams = quantize(params, config(weight, A8))
+    with linen.intercept() as log:
+        y = apply(qparams, images)
+    kernels = [path for path, _ in log.layers]
+    assert sorted(kernels) == sorted(
+        "/".join(str(key.key) for key in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(qparams, is_leaf=is_qtensor)
+        if is_qtensor(leaf)
+    )
+    assert {outcome for _, outcome in log.layers} == {"low-bit"}
+    dtypes = dot_dtypes(low_bit, qparams, images)
+    integer = [dtype for dtype in dtypes if dtype[0] == "int8"]
+    assert len(integer) >= 9 and {dtype[2] for dtype in integer} == {"int32"}
+    assert not any(dtype[0] == "int8" for dtype in dot_dtypes(apply, qparams, images))
+    error = relative(y, apply(qparams, images))
+    assert 0 < error < 0.03  # ten layers of dynamic A8, each about 0.5 %
+    np.testing.assert_allclose(jax.jit(low_bit)(qparams, images), y, rtol=1e-2, atol=1e-2)
+
+
+def test_interception_without_act_equals_the_plain_model(params, images):
+    qparams = quantize(params, config(W4))
+    with linen.intercept() as log:
+        y = apply(qparams, images)
+    assert {outcome for _, outcome in log.layers} == {linen.WEIGHTS_ONLY}
+    np.testing.assert_allclose(y, apply(qparams, images), rtol=1e-4, atol=1e-5)
+
+
+def test_interception_leaves_a_float_model_as_it_is(params, images):
+    with linen.intercept() as log:
+        y = apply(params, images)
+        Net().init(jax.random.key(1), images)
+    assert {outcome for _, outcome in log.layers} == {"float"}
+    np.testing.assert_array_equal(y, apply(params, images))
+
+
+def test_bare_qtensors_run_where_intercepted(params, images):
+    qparams = quantize(params, config(W4, A8), box=False)
+    np.testing.assert_array_equal(
+        low_bit(qparams, images), low_bit(linen.box_tree(qparams), images)
+    )
+
+
+def test_a_bare_qtensor_in_another_layer_raises_with_its_path(key):
+    model = nn.Sequential([nn.ConvTranspose(4, (2, 2))])
+    x = jnp.ones((1, 4, 4, 8))
+    params = model.init(key, x)["params"]
+    bare = quantize(params, QuantConfig(weight=W4), box=False)
+    with linen.intercept(), pytest.raises(TypeError, match="layers_0/kernel.*box_tree"):
+        model.apply({"params": bare}, x)
+
+
+def dense_like(kernel_path, module, x, key, act=A8, weight=W4):
+    params = module.init(key, x)["params"]
+    leaf = quantize_leaf(kernel_path, params["kernel"], QuantConfig(weight=weight, act=act))
+    qparams = {**params, "kernel": leaf}
+    with linen.intercept() as log:
+        y = module.apply({"params": qparams}, x)
+    return y, module.apply({"params": qparams}, x), log.layers
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "shape"),
+    [
+        ("query/kernel", nn.DenseGeneral((3, 8)), (2, 5, 24)),
+        ("out/kernel", nn.DenseGeneral(10, axis=(-2, -1)), (2, 5, 4, 8)),
+        ("first/kernel", nn.DenseGeneral(10, axis=1), (2, 16, 7)),
+        ("one/kernel", nn.DenseGeneral(6, dtype=jnp.bfloat16), (2, 24)),
+        ("conv/kernel", nn.Conv(6, (3, 3), padding=((0, 1), (1, 0)), strides=(2, 2)), (2, 7, 7, 8)),
+        ("conv/kernel", nn.Conv(6, (3, 3), padding="VALID"), (3, 2, 7, 7, 8)),
+        ("conv/kernel", nn.Conv(6, (1, 1)), (7, 7, 8)),
+    ],
+)
+def test_layers_of_any_form_run_low_bit_like_flax_runs_them(key, path, module, shape):
+    y, expected, layers = dense_like(path, module, jax.random.normal(key, shape), key)
+    assert layers == (("kernel", "low-bit"),)
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    assert relative(*(a.astype(jnp.float32) for a in (y, expected))) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "reason"),
+    [
+        (nn.Conv(8, (3, 3), strides=(2, 1)), (2, 6, 6, 8), "strides"),
+        (nn.Conv(8, (3, 3), kernel_dilation=2), (2, 6, 6, 8), "dilation"),
+        (nn.Conv(8, (3, 3), feature_group_count=2), (2, 6, 6, 8), "feature_group_count"),
+        (nn.Conv(8, (3, 3), padding="CIRCULAR"), (2, 6, 6, 8), "CIRCULAR"),
+        (nn.Conv(8, 3), (2, 6, 8), "3 axes"),
+        (nn.DenseGeneral(8, batch_dims=(0,)), (2, 6, 8), "batch_dims"),
+        (nn.Dense(8, dot_general=jax.lax.dot_general), (2, 8), "dot_general"),
+        (nn.ConvTranspose(8, (2, 2)), (2, 4, 4, 8), "ConvTranspose has no low-bit form"),
+    ],
+)
+def test_layers_without_a_low_bit_form_are_dequantized_and_say_why(key, module, shape, reason):
+    # Named `out` so that the rank-3 kernel of the 1-D convolution has its channels before last.
+    y, expected, layers = dense_like("out/kernel", module, jax.random.normal(key, shape), key)
+    ((path, outcome),) = layers
+    assert path == "kernel" and outcome.startswith("dequantized: ") and reason in outcome
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_a_subclass_keeps_what_it_does_around_the_call_of_its_parent(key):
+    class Doubled(nn.Dense):
+        def __call__(self, inputs):
+            return 2.0 * super().__call__(inputs)
+
+    x = jax.random.normal(key, (2, 16))
+    y, expected, layers = dense_like("l/kernel", Doubled(8), x, key)
+    assert layers == (("kernel", "low-bit"),)
+    assert relative(y, expected) < 0.02
+
+
+def test_static_ranges_come_from_the_quant_collection(key):
+    x = jax.random.uniform(key, (4, 16))
+    model = nn.Sequential([nn.Dense(8)])
+    act = ActSpec(bits=8, mode="static", granularity="per_tensor")
+    params = quantize(model.init(key, x)["params"], QuantConfig(weight=W8, act=act))
+    row = {"layers_0": {"act_scale": jnp.float32(1 / 127)}}
+    with linen.intercept():
+        y = model.apply({"params": params, "quant": row}, x)
+        with pytest.raises(ValueError, match="calibrate first"):
+            model.apply({"params": params}, x)
+    grid = jnp.round(x * 127) / 127
+    np.testing.assert_allclose(y, model.apply({"params": params}, grid), rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_of_any_rank_is_the_same_matrix_packed_and_native(key):
+    codes = jax.random.randint(key, (3, 20, 2, 4), -8, 8).astype(jnp.int8)
+    for axis, n, scale_shape in [
+        (-3, 2, (3, 5, 1, 4)),
+        (-3, 2, (1, 1, 2, 4)),
+        (-2, 2, (3, 4, 1, 1)),
+    ]:
+        scale = jax.random.uniform(key, scale_shape, jnp.float32, 0.5, 1.0)
+        for layout in ("packed", "native"):
+            q = from_codes(codes, scale, bits=4, axis=axis, layout=layout)
+            matrix = foreign.as_matrix(q, n)
+            assert matrix.shape == (60, 8)
+            np.testing.assert_array_equal(matrix.dequantize(), q.dequantize().reshape(60, 8))
+
+
+def test_export_round_trip_of_apply_on_quantized_params(params, images):
+    pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
+    export = importlib.import_module("jax.export")  # no attribute of jax 0.7
+    qparams = quantize(params, config(W4, A8))
+    exported = export.export(jax.jit(low_bit))(qparams, images)
+    restored = export.deserialize(bytearray(exported.serialize()))
+    np.testing.assert_array_equal(restored.call(qparams, images), jax.jit(low_bit)(qparams, images))
