@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,6 +129,16 @@ class Pipeline:
     def replace(self, **fields: Any) -> Pipeline:
         """The pipeline with other fields: `pipe.replace(params=..., step_table=...)`."""
         return dataclasses.replace(self, **fields)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write parameters, sampler and config into `folder`; `qjax.load` reads it.
+
+        Raises:
+          ValueError: If the pipeline does not say which network it runs.
+        """
+        from qjax.models.loading import save_pipeline  # it builds pipelines itself
+
+        save_pipeline(self, Path(folder))
 
     def table_key(
         self, *, steps: int, eta: float = 0.0, guidance_scale: float | None = None

@@ -10,9 +10,9 @@ All three are data-free. The layers next to the pixels and the embedders stay in
 they hold few weights and their error reaches every pixel, or every layer, directly.
 """
 
-import dataclasses
 from collections.abc import Callable
 
+from qjax.calibrate.recipe import Recipe
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 
 # Layers at the edge of the network, by the names they have in the models here.
@@ -34,49 +34,50 @@ GROUP_SIZES = (128, 64, None)
 DYNAMIC_A8 = ActSpec(bits=8, mode="dynamic", granularity="per_token")
 
 
-def w8a8() -> QuantConfig:
+def w8a8() -> Recipe:
     """8-bit weights per output channel and 8-bit dynamic activations per token.
 
     References:
       Nagel et al., A White Paper on Neural Network Quantization, 2021,
       https://arxiv.org/abs/2106.08295.
     """
-    return _config(WeightSpec(bits=8), DYNAMIC_A8)
+    return _recipe("w8a8", WeightSpec(bits=8), DYNAMIC_A8)
 
 
-def w4a16() -> QuantConfig:
+def w4a16() -> Recipe:
     """4-bit weights in groups of 128 or 64, the range by search; activations in float.
 
     References:
       Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323 (grouped 4-bit weights; the
       rounding here is to nearest).
     """
-    return _config(_W4, None)
+    return _recipe("w4a16", _W4, None)
 
 
-def w4a8() -> QuantConfig:
+def w4a8() -> Recipe:
     """4-bit weights in groups of 128 or 64 and 8-bit dynamic activations per token.
 
     References:
       Chen et al., Q-DiT, CVPR 2025, https://arxiv.org/abs/2406.17343 (group quantization and
       dynamic activations; without its search and GPTQ).
     """
-    return _config(_W4, DYNAMIC_A8)
+    return _recipe("w4a8", _W4, DYNAMIC_A8)
 
 
 _W4 = WeightSpec(bits=4, granularity="per_group", group_size=GROUP_SIZES, method="mse")
 
 
-def _config(weight: WeightSpec, act: ActSpec | None) -> QuantConfig:
-    return QuantConfig(
+def _recipe(name: str, weight: WeightSpec, act: ActSpec | None) -> Recipe:
+    quant = QuantConfig(
         rules=EDGES, weight=weight, act=act, float_dtype="float16", allow_unmatched=True
     )
+    return Recipe(name=name, quant=quant)
 
 
-RECIPES: dict[str, Callable[[], QuantConfig]] = {"w8a8": w8a8, "w4a16": w4a16, "w4a8": w4a8}
+RECIPES: dict[str, Callable[[], Recipe]] = {"w8a8": w8a8, "w4a16": w4a16, "w4a8": w4a8}
 
 
-def by_name(name: str) -> QuantConfig:
+def by_name(name: str) -> Recipe:
     """The recipe called `name`.
 
     Raises:
@@ -85,9 +86,3 @@ def by_name(name: str) -> QuantConfig:
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {name!r}.")
     return RECIPES[name]()
-
-
-def without_activations(config: QuantConfig) -> QuantConfig:
-    """The same weights with float activations, to see what each half costs."""
-    rules = tuple(dataclasses.replace(rule, act=None) for rule in config.rules)
-    return dataclasses.replace(config, rules=rules, act=None)

@@ -132,6 +132,9 @@ class InterceptLog:
     def _add(self, path: str, outcome: str) -> None:
         self._seen[path, outcome] = None
 
+    def _has(self, path: str) -> bool:
+        return any(seen == path for seen, _ in self._seen)
+
     @property
     def layers(self) -> tuple[tuple[str, str], ...]:
         """The path of every kernel met, and how it ran: in the order of the first calls.
@@ -178,25 +181,26 @@ def intercept() -> Iterator[InterceptLog]:
         leaves = {name: _opened(leaf) for name, leaf in _own_params(module).items()}
         path = lambda name: "/".join((*module.path, name))
         if low_bit is not None and "kernel" in leaves:
-            q = leaves.pop("kernel")
-            reason = "float" if not isinstance(q, QTensor) else low_bit.why_not(module, q)
+            q = leaves["kernel"]
+            reason = low_bit.why_not(module, q) if isinstance(q, QTensor) else "float"
             if reason is None:
                 log._add(path("kernel"), WEIGHTS_ONLY if q.act is None else LOW_BIT)
                 return low_bit.call(module, q, *args, **kwargs)
             log._add(path("kernel"), reason)
-            leaves |= {"kernel": q} if isinstance(q, QTensor) else {}
-        for name, leaf in leaves.items():
-            if not isinstance(leaf, QTensor):
-                continue
-            if low_bit is None:
-                log._add(path(name), f"dequantized: {type(module).__name__} has no low-bit form")
-            if not isinstance(leaf, meta.AxisMetadata):
+        quantized = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
+        calls_parent = low_bit is None and isinstance(module, _LAYERS)
+        for name, leaf in quantized.items():
+            if not isinstance(leaf, meta.AxisMetadata) and not calls_parent:
                 raise TypeError(
                     f"{path(name)} is a bare QTensor, and {type(module).__name__} reads it as "
                     "Flax does, which needs a box. Pass qjax.linen.box_tree(params), or leave "
                     "the leaf in float."
                 )
-        return next_fun(*args, **kwargs)
+        y = next_fun(*args, **kwargs)
+        for name in quantized:
+            if not log._has(path(name)):  # a parent's method may have taken it
+                log._add(path(name), f"dequantized: {type(module).__name__} has no low-bit form")
+        return y
 
     with nn.intercept_methods(run):
         yield log
@@ -281,6 +285,8 @@ class _LowBit:
     call: Callable[..., Array]
     why_not: Callable[[Any, QTensor], str | None]
 
+
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
 _LOW_BIT = {
     inspect.unwrap(nn.Dense.__call__): _LowBit(_dense, _why_no_dense),

@@ -54,7 +54,7 @@ def save(folder: Path | str, params: Params, record: Mapping[str, Any]) -> None:
             f"{folder} is not empty and holds no {MANIFEST}, so it is not replaced. Save into "
             "a new folder."
         )
-    leaves = dict(_flatten(params))
+    leaves = dict(flatten(params))
     arrays = {name: array for path, leaf in leaves.items() for name, array in _arrays(path, leaf)}
     manifest = {
         "format": "qjax",
@@ -152,19 +152,20 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
 def params_digest(params: Params) -> str:
     """SHA-256 over the paths and the values of a tree: equal for equal models."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(_flatten(params)):
+    for path, leaf in sorted(flatten(params)):
         for name, array in _arrays(path, leaf):
             digest.update(name.encode() + b"\0" + _digest(array).encode())
     return digest.hexdigest()
 
 
-def _flatten(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+def flatten(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Paths joined with `/` and leaves, QTensors whole."""
     for key, value in params.items():
         name = str(key)
         if not name or "/" in name or "#" in name:
             raise ValueError(f"Keys of a params tree must have no '/' and no '#'; got {name!r}.")
         if isinstance(value, Mapping):
-            yield from _flatten(value, (*path, name))
+            yield from flatten(value, (*path, name))
         else:
             yield "/".join((*path, name)), value
 
