@@ -8,12 +8,17 @@ give the same integers:
 - `shifted` adds up one matmul per tap, of the shifted image, and gathers nothing.
 
 XLA's own int8 convolution is slower than both on a CPU and weak on GPUs (jax#7637).
+
+With float activations the weights are what must not grow: `weight_conv_xla` dequantizes one
+tap at a time.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core.typing import Array, Int, Shaped
+from qjax.core.typing import Array, Float, Int, Shaped
+from qjax.kernels.packing import Format
+from qjax.kernels.quant_matmul_xla import weight_matmul_xla
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -82,3 +87,49 @@ def shifted_dots(
         )
         total = dot if total is None else total + dot
     return total
+
+
+def weight_conv_xla(
+    x: Float[Array, "b h w i"],
+    q: Array,
+    w_scale: Float[Array, "kh kw g o"],
+    w_zero: Int[Array, "kh kw g o"] | None,
+    *,
+    strides: int,
+    fmt: Format,
+) -> Float[Array, "b h2 w2 o"]:
+    """The float convolution of a padded image with weights dequantized tap by tap.
+
+    The taps are summed in float32 inside a loop, so that no more than a piece of one tap is
+    ever wider than it is stored.
+
+    Args:
+      x: Padded image, any float dtype; the result has it too.
+      q: Weight codes `[kh, kw, ., o]` as `fmt` stores them along the axis before the last.
+      w_scale: Steps of the weights; an axis of size 1 is shared.
+      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
+      strides: Step between output pixels.
+      fmt: Storage of `q`.
+    """
+    kh, kw = q.shape[:2]
+    b, h, w, i = x.shape
+    h2, w2 = (h - kh) // strides + 1, (w - kw) // strides + 1
+    window = (b, (h2 - 1) * strides + 1, (w2 - 1) * strides + 1, i)
+
+    def at(array: Array | None, row: int | Array, column: int | Array) -> Array | None:
+        if array is None:
+            return None
+        shared = array.shape[:2] == (1, 1)
+        start = (0, 0) if shared else (row % array.shape[0], column % array.shape[1])
+        return lax.dynamic_slice(array, (*start, 0, 0), (1, 1, *array.shape[2:]))[0, 0]
+
+    def add_tap(tap, total):
+        row, column = tap // kw, tap % kw
+        view = lax.dynamic_slice(x, (0, row, column, 0), window)[:, ::strides, ::strides]
+        parts = (at(array, row, column) for array in (q, w_scale, w_zero))
+        flat = view.reshape(-1, i)
+        return total + weight_matmul_xla(flat, *parts, fmt=fmt, dtype=jnp.float32)
+
+    zeros = jnp.zeros((b * h2 * w2, q.shape[3]), jnp.float32)
+    total = lax.fori_loop(0, kh * kw, add_tap, zeros)
+    return total.reshape(b, h2, w2, -1).astype(x.dtype)

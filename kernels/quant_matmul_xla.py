@@ -5,39 +5,102 @@ With activation codes `p` (scale `s_x`, zero point `z_x` per row and group) and 
 
     y[m, n] = sum_g s_x[m, g] s_w[g, n] sum_{k in g} (p[m, k] - z_x[m, g]) (q[k, n] - z_w[g, n])
 
-where the inner sum is accumulated in int32, exactly: the products of 8-bit integers stay
-below 2**31 for groups of up to 131,071 input channels. The outer sum is in float32.
+where the inner sum is exact, in int32, as long as it fits: products of 8-bit integers are at
+most 128**2, so up to 131,071 channels in a group, and with zero points on both sides at most
+255**2, so up to 33,025. (What the zero points take away may overflow on its way: int32 wraps
+around and comes back.) The outer sum is in float32.
 
-Weights are unpacked in pieces of K inside a loop, so that a packed model never has more
-than one piece of one layer in a wider form (`WORKSPACE` bytes).
+On a CPU the output is computed in pieces of columns inside a loop, so that a packed model
+never has more than a piece of one layer in a wider form; `workspace_bytes` says how much that
+is. Without the loop XLA:CPU unpacks every layer of a model before the first matmul and
+keeps them all. Elsewhere XLA schedules for memory, and one matmul of full width is faster
+and can be partitioned.
 """
 
-import math
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
 
-# Largest unpacked piece of a weight. Below it a whole layer is one piece; above it the
-# loop's overhead is under 2 % of the piece's matmul on a CPU.
-WORKSPACE = 2**20
+# Weights in one piece. On a CPU (2 cores, 1 MiB of L2 each) pieces of 2**17 to 2**19 weights
+# took the same time within the noise, larger and smaller ones more: benchmarks/matmul.py.
+PIECE_VALUES = 2**18
+PIECE_STEP = 32
+
+# Unpacked weights of fewer values than this are not worth a loop.
+SMALL_VALUES = 2**16
+
+# Outputs of more values than this leave the cache between their integers and their floats,
+# and are computed in pieces of columns even where nothing is unpacked: 2048 x 1152 x 4608
+# took 0.82 of the time of f32 in one go and 0.72 in pieces of 512 columns.
+LARGE_OUTPUT = 2**22
+LARGE_OUTPUT_COLUMNS = 512
 
 
-def piece_size(size: int, columns: int, fmt: Format, group_size: int, itemsize: int) -> int:
-    """Input channels to unpack at once: whole blocks and whole groups, within `WORKSPACE`.
+def piece_columns(rows: int, size: int, columns: int, *, widened: bool) -> int:
+    """Output columns that a CPU computes at once, in `[rows, size] @ [size, columns]`.
 
-    At least one unit, the least common multiple of block and group; the whole axis where
-    units do not tile it.
+    Args:
+      rows: Rows of the input.
+      size: Input channels.
+      columns: Output channels.
+      widened: Whether the weights are unpacked, converted or summed by groups, so that a
+        piece of them must be small; otherwise only the output's size counts.
+
+    Returns:
+      `columns` itself for one piece; else a multiple of 32, preferably a divisor.
     """
-    unit = math.lcm(fmt.block if fmt.packed else 1, group_size)
-    if unit >= size or size % unit or fmt.pad:
-        return size
-    units = size // unit
-    fit = max(1, WORKSPACE // (unit * columns * itemsize))
-    return unit * max(n for n in range(1, units + 1) if units % n == 0 and n <= fit)
+    if widened:
+        whole = size * columns <= SMALL_VALUES
+        most = min(PIECE_VALUES // size, columns // 2)
+    else:
+        whole = rows * columns <= LARGE_OUTPUT
+        most = LARGE_OUTPUT_COLUMNS
+    most = max(most // PIECE_STEP, 1) * PIECE_STEP
+    if whole or most >= columns:
+        return columns
+    candidates = range(most, most // 2, -PIECE_STEP)
+    return next((piece for piece in candidates if columns % piece == 0), most)
+
+
+def workspace_bytes(
+    rows: int,
+    size: int,
+    columns: int,
+    *,
+    fmt: Format,
+    groups: int = 1,
+    itemsize: int | None = None,
+) -> int:
+    """Upper estimate of the temporary memory of one low-bit matmul on a CPU, in bytes.
+
+    Input and output count as temporary, as they are inside a model. The parts: the input
+    and its int8 codes (twice with groups, once more cut into groups), the output, and for a
+    piece of columns the unpacked weights as integers and as floats, the int32 and float32
+    sums.
+
+    Args:
+      rows: Rows of the input.
+      size: Input channels.
+      columns: Output channels.
+      fmt: Storage of the weight.
+      groups: Groups of input channels.
+      itemsize: Bytes of the input's float dtype for `weight_matmul_xla`, which computes in
+        that dtype; None for `quant_matmul_xla`, whose input is float32 before it is
+        quantized.
+    """
+    integer = itemsize is None
+    widened = not integer or groups > 1 or fmt.widens
+    piece = piece_columns(rows, size, columns, widened=widened)
+    outside = 4 * rows * columns + (4 if integer else itemsize or 0) * rows * size
+    if not integer:
+        # Weights as floats, in float32 before they take the dtype of the input.
+        return outside + piece * (size * (1 + 4 + (itemsize or 0)) + 4 * rows)
+    outside += (2 if groups > 1 else 1) * rows * size
+    return outside + piece * (2 * size + 4 * rows * (2 if groups > 1 else 1))
 
 
 def integer_dot(
@@ -47,43 +110,21 @@ def integer_dot(
     q_zero: Int[Array, "1 n"] | None,
 ) -> Int[Array, "m n"]:
     """`(p - p_zero) @ (q - q_zero)` in int32, the zero points kept out of the int8 matmul."""
-    dot = lax.dot_general(p, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    dot = _int8_dot(p, q)
     if q_zero is not None:
-        rows = jnp.sum(p, axis=1, keepdims=True, dtype=jnp.int32)
+        rows = _int8_dot(p, jnp.ones((p.shape[1], 1), jnp.int8))
         dot = dot - rows * q_zero.astype(jnp.int32)
     if p_zero is not None:
-        columns = jnp.sum(q, axis=0, keepdims=True, dtype=jnp.int32)
+        columns = _int8_dot(jnp.ones((1, q.shape[0]), jnp.int8), q)
         if q_zero is not None:
             columns = columns - q.shape[0] * q_zero.astype(jnp.int32)
         dot = dot - p_zero.astype(jnp.int32) * columns
     return dot
 
 
-def _column(array: Array | None, group: int) -> Array | None:
-    """Group `group` of `[m, g]` as `[m, 1]`; all groups share an axis of size 1."""
-    if array is None:
-        return None
-    return array if array.shape[1] == 1 else lax.slice_in_dim(array, group, group + 1, axis=1)
-
-
-def _line(array: Array | None, group: int) -> Array | None:
-    """Group `group` of `[g, n]` as `[1, n]`; all groups share an axis of size 1."""
-    if array is None:
-        return None
-    return array if array.shape[0] == 1 else lax.slice_in_dim(array, group, group + 1, axis=0)
-
-
-def _over_pieces(body, init, count: int):
-    """`body(i, carry)` for every piece; without a loop where there is only one."""
-    return body(0, init) if count == 1 else lax.fori_loop(0, count, body, init)
-
-
-def _piece(array: Array | None, i: int | Array, count: int, axis: int) -> Array | None:
-    """Piece `i` of `count` along `axis`; an axis of size 1 is shared by all."""
-    if array is None or count == 1 or array.shape[axis] == 1:
-        return array
-    size = array.shape[axis] // count
-    return lax.dynamic_slice_in_dim(array, i * size, size, axis=axis)
+def _int8_dot(p: Int[Array, "m k"], q: Int[Array, "k n"]) -> Int[Array, "m n"]:
+    # Without the preferred type the sum would be int8, and overflow in silence.
+    return lax.dot_general(p, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
 def quant_matmul_xla(
@@ -101,58 +142,45 @@ def quant_matmul_xla(
     Args:
       p: Activation codes, int8.
       x_scale: Steps of the activations; an axis of size 1 is shared.
-      x_zero: Zero points of the activations, or None.
+      x_zero: Zero points of the activations, shaped as `x_scale`, or None.
       q: Weight codes as `fmt` stores them along the first axis.
       w_scale: Steps of the weights; an axis of size 1 is shared.
-      w_zero: Zero points of the weights, or None.
+      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
       fmt: Storage of `q`.
 
     Raises:
       ValueError: If the groups of activations and weights are of unequal size.
     """
-    size = p.shape[1]
+    rows, size = p.shape
     groups = max(x_scale.shape[1], w_scale.shape[0])
     if {x_scale.shape[1], w_scale.shape[0]} - {1, groups} or size % groups:
         raise ValueError(
             "Activations and weights need the same groups, or one for all; got "
             f"{x_scale.shape[1]} and {w_scale.shape[0]} groups of {size} input channels."
         )
-    group_size = size // groups
-    piece = piece_size(size, q.shape[1], fmt, group_size if groups > 1 else 1, 1)
-    count = size // piece
-    x_scale, w_scale = x_scale.astype(jnp.float32), w_scale.astype(jnp.float32)
+    x_scale = x_scale.astype(jnp.float32)
+    if groups > 1:
+        p_groups = jnp.moveaxis(p.reshape(rows, groups, -1), 1, 0)
+        x_groups = [_rows_by_group(array, groups) for array in (x_scale, x_zero)]
 
-    def codes(i):
-        part = fmt.decode(_piece(q, i, count, 0))
-        return part[:piece] if part.shape[0] != piece else part
+    def compute(q, w_scale, w_zero):
+        codes, w_scale = _decode(q, fmt, size), w_scale.astype(jnp.float32)
+        if groups == 1:
+            dot = integer_dot(p, codes, x_zero, w_zero)
+            return dot.astype(jnp.float32) * x_scale * w_scale
 
-    if groups == 1:
+        def add_group(total, parts):
+            p, (x_scale, x_zero), q, w_scale, w_zero = parts
+            dot = integer_dot(p, q, x_zero, w_zero)
+            return total + dot.astype(jnp.float32) * x_scale * w_scale, None
 
-        def add_integers(i, total):
-            part = integer_dot(_piece(p, i, count, 1), codes(i), x_zero, w_zero)
-            return total + part
+        w_groups = [_columns_by_group(array, groups) for array in (w_scale, w_zero)]
+        parts = (p_groups, x_groups, codes.reshape(groups, -1, codes.shape[1]), *w_groups)
+        zeros = jnp.zeros((rows, codes.shape[1]), jnp.float32)
+        return lax.scan(add_group, zeros, parts)[0]
 
-        if count == 1:
-            total = integer_dot(p, codes(0), x_zero, w_zero)
-        else:
-            zeros = jnp.zeros((p.shape[0], q.shape[1]), jnp.int32)
-            total = lax.fori_loop(0, count, add_integers, zeros)
-        return total.astype(jnp.float32) * x_scale * w_scale
-
-    per_piece = piece // group_size
-
-    def add_groups(i, total):
-        values, part = codes(i), _piece(p, i, count, 1)
-        xs, xz = _piece(x_scale, i, count, 1), _piece(x_zero, i, count, 1)
-        ws, wz = _piece(w_scale, i, count, 0), _piece(w_zero, i, count, 0)
-        for j in range(per_piece):
-            run = slice(j * group_size, (j + 1) * group_size)
-            dot = integer_dot(part[:, run], values[run], _column(xz, j), _line(wz, j))
-            total = total + dot.astype(jnp.float32) * _column(xs, j) * _line(ws, j)
-        return total
-
-    zeros = jnp.zeros((p.shape[0], q.shape[1]), jnp.float32)
-    return _over_pieces(add_groups, zeros, count)
+    piece = piece_columns(rows, size, q.shape[1], widened=groups > 1 or fmt.widens)
+    return _in_pieces(compute, (q, w_scale, w_zero), rows, piece, jnp.float32)
 
 
 def weight_matmul_xla(
@@ -162,47 +190,97 @@ def weight_matmul_xla(
     w_zero: Int[Array, "g n"] | None,
     *,
     fmt: Format,
+    dtype: jnp.dtype | None = None,
 ) -> Float[Array, "m n"]:
     """`x @ ((q - w_zero) * w_scale)` with float activations, in the dtype of `x`.
 
-    Weights are dequantized to the dtype of `x` piece by piece; the sum is in float32.
-    """
-    size, groups = x.shape[1], w_scale.shape[0]
-    group_size = size // groups
-    piece = piece_size(size, q.shape[1], fmt, group_size if groups > 1 else 1, x.dtype.itemsize)
-    count = size // piece
-    late = groups == 1  # one scale per column multiplies the result instead of the weights
-    w_scale = w_scale.astype(jnp.float32)
+    Weights are dequantized to the dtype of `x` piece by piece; sums are in float32. One
+    scale per column multiplies the sum instead of the weights, in float32.
 
-    def add(i, total):
-        values = fmt.decode(_piece(q, i, count, 0))[:piece].astype(jnp.float32)
-        values = values.reshape(-1, group_size if groups > 1 else piece, q.shape[1])
+    Args:
+      x: Activations, any float dtype.
+      q: Weight codes as `fmt` stores them along the first axis.
+      w_scale: Steps of the weights; an axis of size 1 is shared.
+      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
+      fmt: Storage of `q`.
+      dtype: Dtype of the result; None for that of `x`.
+
+    Raises:
+      ValueError: If the groups do not divide the input channels.
+    """
+    (rows, size), groups, dtype = x.shape, w_scale.shape[0], dtype or x.dtype
+    if size % groups:
+        raise ValueError(
+            f"The groups of the weights must divide the input channels; got {groups} groups "
+            f"of {size} input channels."
+        )
+
+    def compute(q, w_scale, w_zero):
+        codes, w_scale = _decode(q, fmt, size), w_scale.astype(jnp.float32)
+        values = codes.astype(jnp.float32).reshape(groups, -1, codes.shape[1])
         if w_zero is not None:
-            values = values - _piece(w_zero, i, count, 0)[:, None].astype(jnp.float32)
-        if not late:
-            values = values * _piece(w_scale, i, count, 0)[:, None]
-        values = values.reshape(piece, q.shape[1]).astype(x.dtype)
-        part = jnp.matmul(_piece(x, i, count, 1), values, preferred_element_type=jnp.float32)
-        return part if total is None else total + part
+            values = values - w_zero[:, None].astype(jnp.float32)
+        if groups > 1:
+            values = values * w_scale[:, None]
+        values = values.reshape(size, -1).astype(x.dtype)
+        y = jnp.matmul(x, values, preferred_element_type=jnp.float32)
+        return (y if groups > 1 else y * w_scale).astype(dtype)
 
-    if count == 1:
-        total = add(0, None)
-    else:
-        zeros = jnp.zeros((x.shape[0], q.shape[1]), jnp.float32)
-        total = lax.fori_loop(0, count, add, zeros)
-    return (total * w_scale if late else total).astype(x.dtype)
+    piece = piece_columns(rows, size, q.shape[1], widened=True)
+    return _in_pieces(compute, (q, w_scale, w_zero), rows, piece, dtype)
 
 
-def in_row_blocks(f, x: Array, *, rows: int) -> Array:
-    """`f(x)` for a row-wise `f`, evaluated on blocks of `rows` rows, one after the other.
+def _decode(q: Array, fmt: Format, size: int) -> Int[Array, "k n"]:
+    """The integers of a piece as int8, without the padding."""
+    codes = fmt.decode(q)
+    return codes if codes.shape[0] == size else codes[:size]
 
-    On a CPU a block and its integers stay in the cache between quantization and matmul; the
-    last block is filled with rows of zeros whose results are dropped.
+
+def _rows_by_group(array: Array | None, groups: int) -> Array | None:
+    """Steps or zero points of activations, `[m, g]` or `[m, 1]`, as `[g, m, 1]`."""
+    if array is None:
+        return None
+    return jnp.broadcast_to(array.T[..., None], (groups, array.shape[0], 1))
+
+
+def _columns_by_group(array: Array | None, groups: int) -> Array | None:
+    """Steps or zero points of weights, `[g, n]` or `[1, n]`, as `[g, 1, n]`."""
+    if array is None:
+        return None
+    return jnp.broadcast_to(array[:, None], (groups, 1, array.shape[1]))
+
+
+def _in_pieces(
+    compute: Callable[..., Array],
+    weight: tuple[Array | None, ...],
+    rows: int,
+    piece: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "m n"]:
+    """`compute(*weight)`, on a CPU `piece` columns after the other.
+
+    The last piece reaches back where `piece` does not divide the columns, and computes some
+    of them twice.
     """
-    m = x.shape[0]
-    if m <= rows:
-        return f(x)
-    count = -(-m // rows)
-    padded = jnp.pad(x, ((0, count * rows - m), (0, 0)))
-    blocks = jax.lax.map(f, padded.reshape(count, rows, x.shape[1]))
-    return blocks.reshape(count * rows, -1)[:m]
+    columns = weight[0].shape[1]
+    if piece >= columns:
+        return compute(*weight)
+
+    def whole(weight):
+        return compute(*weight)
+
+    def pieces(weight):
+        def columns_from(array, start):
+            if array is None or array.shape[1] == 1:
+                return array
+            return lax.dynamic_slice_in_dim(array, start, piece, axis=1)
+
+        def add_piece(i, y):
+            start = jnp.minimum(i * piece, columns - piece)
+            part = compute(*(columns_from(array, start) for array in weight))
+            return lax.dynamic_update_slice_in_dim(y, part, start, axis=1)
+
+        zeros = jnp.zeros((rows, columns), dtype)
+        return lax.fori_loop(0, -(-columns // piece), add_piece, zeros)
+
+    return lax.platform_dependent(weight, cpu=pieces, default=whole)

@@ -18,12 +18,14 @@ ActGranularity = Literal["per_tensor", "per_token", "per_group"]
 
 
 def _require(value: Any, allowed: tuple, name: str) -> None:
-    if value not in allowed:
+    # By type as well: 8.0 == 8, but a width of 8.0 would make ranges of floats.
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
         choices = ", ".join(map(str, allowed))
         raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
 def _require_group_size(group_size: int | tuple[int | None, ...] | None, granularity: str) -> None:
+    sizes: tuple[int | None, ...]
     if isinstance(group_size, tuple):  # None in a tuple: the whole axis
         sizes = tuple(1 if size is None else size for size in group_size)
     else:
@@ -33,11 +35,15 @@ def _require_group_size(group_size: int | tuple[int | None, ...] | None, granula
             raise ValueError(
                 f"group_size goes with granularity='per_group'; got {group_size=}, {granularity=}."
             )
-    elif not sizes or any(type(size) is not int or size < 1 for size in sizes):
+    elif not sizes or any(not _is_count(size) for size in sizes):
         raise ValueError(
             "granularity='per_group' needs a positive group_size, or a tuple of them of which "
             f"the first that divides is taken; got {group_size=}."
         )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,9 +87,10 @@ class ActSpec:
       mode: `"dynamic"` takes the range from the input itself; `"static"` and `"per_step"`
         read `act_scale` (and `act_zero_point`) from the step's row.
       granularity: Who shares a scale: the whole tensor, a token (the last axis of one
-        position; for a convolution one image), or `group_size` channels of a token.
-      group_size: Channels that share a scale; must equal the weight's group size or divide
-        the input channels.
+        position; for a convolution one image), or `group_size` channels of a token (not for
+        convolutions).
+      group_size: Channels that share a scale; of a tuple the first that divides. Must equal
+        the weight's group size where the weight has groups too.
       symmetric: Whether the range is mirrored at 0.
     """
 
@@ -145,7 +152,9 @@ class QuantConfig:
       weight: Default for leaves named `kernel` with two to four axes; None leaves them.
       act: Default of the same layers' inputs.
       scale_dtype: Dtype in which scales are stored. The integers are computed with the
-        scale as stored, so its rounding adds no error.
+        scale as stored, so rounding it costs next to nothing (`quantize_weight` says how
+        much). Steps below 6.1e-5, the least normal float16, become 6.1e-5 in float16: too
+        coarse for 8-bit weights below 0.008.
       float_dtype: Dtype in which the leaves left in float are stored; None leaves theirs.
       allow_unmatched: Accept rules that match nothing (recipes that serve several models).
     """
@@ -228,9 +237,11 @@ def _from_dict(cls: type, data: Mapping[str, Any]) -> Any:
 
     def build(name, value):
         nested = _NESTED.get(name)
-        if nested is None or value is None:
+        if nested is None or (value is None and name != "rules"):
             return tuple(value) if isinstance(value, list) else value
         if name == "rules":
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"rules must be a list of mappings; got {value!r}.")
             return tuple(_from_dict(nested, item) for item in value)
         return _from_dict(nested, value)
 

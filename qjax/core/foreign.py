@@ -16,6 +16,10 @@ from qjax.core import ops
 from qjax.core.qtensor import QTensor, spread
 from qjax.core.typing import Array, Float, Shaped
 
+# How a layer ran, as the logs of linen.py and nnx.py say it.
+LOW_BIT = "low-bit"
+WEIGHTS_ONLY = "low-bit weights, float arithmetic"
+
 
 def as_matrix(q: QTensor, num_input_axes: int = 1) -> QTensor:
     """`q` read as `[i, o]`: its first axes are the input's, in C order, the others the output's.

@@ -27,11 +27,9 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 
 from qjax.core import foreign
+from qjax.core.foreign import LOW_BIT, WEIGHTS_ONLY
 from qjax.core.qtensor import QTensor, is_qtensor, register
 from qjax.core.typing import Array, Float
-
-LOW_BIT = "low-bit"
-WEIGHTS_ONLY = "low-bit weights, float arithmetic"
 
 
 @register
@@ -93,7 +91,7 @@ class BoxedQTensor(QTensor, meta.AxisMetadata[Any]):
             )
         if position < ndim + axis:
             return self
-        return self.replace(axis=axis if added else axis + 1)
+        return dataclasses.replace(self, axis=axis if added else axis + 1)
 
 
 def box(q: QTensor) -> BoxedQTensor:
@@ -177,7 +175,7 @@ def intercept() -> Iterator[InterceptLog]:
         module = context.module
         if module.scope is None or module.is_initializing():
             return next_fun(*args, **kwargs)
-        low_bit = _LOW_BIT.get(inspect.unwrap(getattr(context.orig_method, "func", None)))
+        low_bit = _LOW_BIT.get(inspect.unwrap(context.orig_method.func))
         leaves = {name: _opened(leaf) for name, leaf in _own_params(module).items()}
         path = lambda name: "/".join((*module.path, name))
         if low_bit is not None and "kernel" in leaves:

@@ -19,23 +19,24 @@ from qjax.core.qtensor import QTensor
 from qjax.core.quantizers import Codes, quantize_activation
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_conv_xla import explicit_padding, im2col, pad_image, shifted_dots
+from qjax.kernels.quant_conv_xla import (
+    Padding,
+    explicit_padding,
+    im2col,
+    pad_image,
+    shifted_dots,
+    taps,
+    weight_conv_xla,
+)
 from qjax.kernels.quant_matmul import quant_matmul, weight_matmul
-from qjax.kernels.quant_matmul_xla import in_row_blocks
+from qjax.kernels.quant_matmul_xla import PIECE_VALUES
 
 Row = Mapping[str, Array]
-
-# Rows from which a CPU takes them in blocks, and the block: at 2048 x 1152 x 4608 the whole
-# matmul took 1.4x the time of f32 and blocks of 512 took 0.8x (benchmarks/matmul.py).
-BLOCK_FROM_ROWS = 1024
-BLOCK_ROWS = 512
 
 _IMAGE = ("NHWC", "HWIO", "NHWC")
 
 
-def choose_group_size(
-    group_size: int | tuple[int | None, ...] | None, size: int
-) -> int | None:
+def choose_group_size(group_size: int | tuple[int | None, ...] | None, size: int) -> int | None:
     """The group size for `size` input channels; None means that all share a scale.
 
     Of a tuple the first that divides `size` (None always does).
@@ -85,18 +86,9 @@ def _matmul(x: Float[Array, "m i"], w: QTensor, row: dict[str, Array]) -> Float[
     fmt, scale, zero_point = _format(w), w.scale, w.zero_point
     if w.act is None:
         return weight_matmul(x, w.qvalue, scale, zero_point, fmt=fmt)
-    act = w.act
-
-    def low_bit(x):
-        p = _activation_codes(x, act, row, (-1,))
-        y = quant_matmul(p.codes, p.scale, p.zero_point, w.qvalue, scale, zero_point, fmt=fmt)
-        return y.astype(x.dtype)
-
-    row_wise = act.mode != "dynamic" or act.granularity != "per_tensor"
-    if x.shape[0] <= BLOCK_FROM_ROWS or not row_wise:
-        return low_bit(x)
-    blocked = lambda x: in_row_blocks(low_bit, x, rows=BLOCK_ROWS)
-    return lax.platform_dependent(x, cpu=blocked, default=low_bit)
+    p = _activation_codes(x, w.act, row, (-1,))
+    y = quant_matmul(p.codes, p.scale, p.zero_point, w.qvalue, scale, zero_point, fmt=fmt)
+    return y.astype(x.dtype)
 
 
 @_matmul.defjvp
@@ -110,7 +102,7 @@ def conv(
     w: Float[Array, "kh kw i o"] | QTensor,
     *,
     strides: int = 1,
-    padding="SAME",
+    padding: str | Padding = "SAME",
     row: Row | None = None,
 ) -> Float[Array, "b h2 w2 o"]:
     """2-D convolution in the dtype of `x`.
@@ -125,10 +117,10 @@ def conv(
     Raises:
       ValueError: If the kernel does not fit the image, or the row lacks what `w.act` needs.
     """
-    if x.ndim != 4 or w.ndim != 4 or w.shape[2] != x.shape[3]:
+    if x.ndim != 4 or w.ndim != 4 or w.shape[2] != x.shape[3] or getattr(w, "axis", -2) != -2:
         raise ValueError(
-            "conv needs images [b, h, w, i] and a kernel [h, w, i, o] of the same i; got "
-            f"x.shape={x.shape}, w.shape={w.shape}."
+            "conv needs images [b, h, w, i] and a kernel [h, w, i, o] of the same i, packed "
+            f"along it if at all; got x.shape={x.shape}, w.shape={w.shape}."
         )
     pads = explicit_padding(padding, x.shape[1:3], w.shape[:2], strides)
     if not isinstance(w, QTensor):
@@ -141,23 +133,17 @@ def _float_conv(x, w, strides, pads):
 
 
 def _low_bit_conv(strides, pads, x, w: QTensor, row):
-    kh, kw, i, o = w.shape
     if w.act is None:
-        patch_bytes = kh * kw * x.size // strides**2 * x.dtype.itemsize
-        if patch_bytes >= w.size * x.dtype.itemsize:
-            return _float_conv(x, w.dequantize(x.dtype), strides, pads)
-        patches = im2col(pad_image(x, pads, None), (kh, kw), strides)
-        flat = patches.reshape(-1, kh * kw * i)
-        y = weight_matmul(flat, *_as_matrix(w), fmt=_matrix_format(w))
-        return y.reshape(*patches.shape[:3], o)
-
+        return _weight_conv(strides, pads, x, w)
+    kh, kw, i, o = w.shape
     p = _activation_codes(x, w.act, row, (-3, -2, -1))
     codes = pad_image(p.codes, pads, p.zero_point)
-    if w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1:
-        if w.zero_point is None and p.zero_point is None and _prefer_shifts(kh * kw, i):
-            dots = shifted_dots(codes, w.codes(), strides)
-            y = dots.astype(jnp.float32) * p.scale * w.scale.astype(jnp.float32)
-            return y.astype(x.dtype)
+    shared = w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1
+    symmetric = w.zero_point is None and p.zero_point is None
+    if shared and symmetric and _prefer_shifts(kh * kw, i):
+        dots = shifted_dots(codes, w.codes(), strides)
+        y = dots.astype(jnp.float32) * p.scale * w.scale.astype(jnp.float32)
+        return y.astype(x.dtype)
     patches = im2col(codes, (kh, kw), strides)
     b, h2, w2, k = patches.shape
 
@@ -176,6 +162,27 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
     return y.reshape(b, h2, w2, o).astype(x.dtype)
 
 
+def _weight_conv(strides: int, pads: Padding, x: Array, w: QTensor) -> Array:
+    """The float convolution with the dequantized kernel; a CPU dequantizes large ones by taps."""
+    kh, kw, i, o = w.shape
+
+    def whole(x, w):
+        return _float_conv(x, w.dequantize(x.dtype), strides, pads)
+
+    def by_taps(x, w):
+        image = pad_image(x, pads, None)
+        parts = (w.qvalue, w.scale, w.zero_point)
+        return weight_conv_xla(image, *parts, strides=strides, fmt=_format(w))
+
+    if kh * kw == 1:
+        (view,) = taps(pad_image(x, pads, None), (1, 1), strides)
+        y = weight_matmul(view.reshape(-1, i), *_as_matrix(w), fmt=_matrix_format(w))
+        return y.reshape(*view.shape[:3], o)
+    if w.size <= PIECE_VALUES:
+        return whole(x, w)
+    return lax.platform_dependent(x, w, cpu=by_taps, default=whole)
+
+
 _conv = jax.custom_jvp(_low_bit_conv, nondiff_argnums=(0, 1))
 
 
@@ -191,9 +198,7 @@ def _prefer_shifts(taps: int, channels: int) -> bool:
     return taps > 1 and channels >= 128
 
 
-def _activation_codes(
-    x: Array, act: ActSpec, row: Row, sample_axes: tuple[int, ...]
-) -> Codes:
+def _activation_codes(x: Array, act: ActSpec, row: Row, sample_axes: tuple[int, ...]) -> Codes:
     group_size = None
     if act.granularity == "per_group" and act.mode == "dynamic":
         if len(sample_axes) > 1:
@@ -202,7 +207,13 @@ def _activation_codes(
                 "'per_token' (one scale per image) or 'per_tensor'."
             )
         group_size = choose_group_size(act.group_size, x.shape[-1]) or x.shape[-1]
-    return quantize_activation(x, act, group_size=group_size, sample_axes=sample_axes, row=row)
+    codes = quantize_activation(x, act, group_size=group_size, sample_axes=sample_axes, row=row)
+    if len(sample_axes) > 1 and codes.scale.shape[-1] != 1:
+        raise ValueError(
+            "A convolution's act_scale must be a scalar; got "
+            f"{codes.scale.shape[-1]} groups of input channels."
+        )
+    return codes
 
 
 def _format(w: QTensor) -> Format:

@@ -15,11 +15,14 @@ Layouts: `"native"` keeps one integer of a JAX dtype per value; `"packed"` keeps
 """
 
 import dataclasses
+import json
 import math
 from typing import Any, Literal
 
 import jax
+import jax.export
 import jax.numpy as jnp
+from flax import serialization
 
 from qjax.core.config import ActSpec
 from qjax.core.typing import Array, Float, Int, Shaped
@@ -27,6 +30,7 @@ from qjax.kernels import packing
 
 Layout = Literal["native", "packed"]
 
+_ARRAYS = ("qvalue", "scale", "zero_point")
 _STATIC = ("bits", "axis", "block", "pad", "layout", "dtype_name", "act")
 
 
@@ -126,9 +130,7 @@ class QTensor:
         """The same values stored natively or packed."""
         if layout == self.layout:
             return self
-        return from_codes(
-            self.codes(), self.scale, self.zero_point, like=self, layout=layout
-        )
+        return from_codes(self.codes(), self.scale, self.zero_point, like=self, layout=layout)
 
     def replace(self, **changes: Any) -> "QTensor":
         """A copy with some fields changed."""
@@ -145,10 +147,57 @@ class QTensor:
 
 
 def register(cls: type) -> type:
-    """Make a QTensor class a pytree whose keys are its field names."""
-    children = ("qvalue", "scale", "zero_point")
-    jax.tree_util.register_dataclass(cls, data_fields=list(children), meta_fields=list(_STATIC))
+    """Make a QTensor class a pytree, and known to `jax.export` and `flax.serialization`.
+
+    Its keys are the field names. What Flax writes is the arrays and one string with the
+    static fields; it is read into a target of the same static fields only, since a tree that
+    was quantized in another way is another model.
+    """
+    jax.tree_util.register_dataclass(cls, data_fields=list(_ARRAYS), meta_fields=list(_STATIC))
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"qjax.{cls.__name__}",
+        serialize_auxdata=lambda static: _dump(static).encode(),
+        deserialize_auxdata=lambda data: _load(data.decode()),
+        from_children=lambda static, arrays: cls(
+            **dict(zip(_ARRAYS, arrays, strict=True)), **dict(zip(_STATIC, static, strict=True))
+        ),
+    )
+    serialization.register_serialization_state(cls, _to_state, _from_state)
     return cls
+
+
+def _dump(static: tuple[Any, ...]) -> str:
+    """The values of the static fields as JSON."""
+    *plain, act = static
+    return json.dumps([*plain, None if act is None else dataclasses.asdict(act)])
+
+
+def _load(text: str) -> tuple[Any, ...]:
+    *plain, act = json.loads(text)
+    return *plain, None if act is None else ActSpec(**act)
+
+
+def _static(q: "QTensor") -> str:
+    return _dump(tuple(getattr(q, name) for name in _STATIC))
+
+
+def _to_state(q: "QTensor") -> dict[str, Any]:
+    arrays = {name: getattr(q, name) for name in _ARRAYS if getattr(q, name) is not None}
+    return arrays | {"static": _static(q)}
+
+
+def _from_state(target: "QTensor", state: dict[str, Any]) -> "QTensor":
+    arrays = {name: value for name, value in state.items() if name != "static"}
+    wanted = {name for name in _ARRAYS if getattr(target, name) is not None}
+    if state.get("static") != _static(target) or arrays.keys() != wanted:
+        raise ValueError(
+            f"The state at {serialization.current_path() or 'the root'} must be of a QTensor "
+            f"with the static fields of its target; got {state.get('static')} with "
+            f"{', '.join(sorted(arrays))} for {_static(target)} with {', '.join(sorted(wanted))}. "
+            "Quantize the target with the configuration that was saved."
+        )
+    return target.replace(**arrays)
 
 
 register(QTensor)

@@ -26,4 +26,5 @@ __all__ = [
 Params = Mapping[str, Any]
 
 # `apply({"params": ..., "quant": row}, x_t, t, labels) -> prediction`
-Apply = Callable[..., Array]
+# An array comes back; Flax itself types what `apply` returns as anything.
+Apply = Callable[..., Any]

@@ -1,5 +1,6 @@
 """Unmodified Linen models on QTensors: boxes that dequantize, and low-bit interception."""
 
+import functools
 import importlib
 
 import flax.linen as nn
@@ -35,22 +36,16 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        x = nn.Conv(16, (3, 3), name="stem")(images)
-        x = nn.Conv(16, (3, 3), strides=2, padding=1, use_bias=False, name="halve")(nn.silu(x))
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = nn.Conv(16, (3, 3), strides=2, padding=1, name="stem")(images)
+        x = nn.silu(x).reshape(x.shape[0], -1, x.shape[-1])
         x, _ = Block(name="block")(x)
         return nn.Dense(5, name="head")(x.mean(axis=1))
 
 
-@pytest.fixture(scope="module")
-def images():
-    return jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-
-
-@pytest.fixture(scope="module")
-def params(images):
+@functools.cache
+def float_params():
     key = jax.random.key(0)
-    params = jax.jit(Net().init)(key, images)["params"]
+    params = jax.jit(Net().init)(key, jnp.zeros((1, 8, 8, 3)))["params"]
     # Biases and norms away from 0 and 1, so that forgetting one shows.
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
@@ -58,9 +53,16 @@ def params(images):
     return jax.tree.unflatten(treedef, moved)
 
 
-def config(weight=W8, act=None):
+@functools.cache
+def quantized(weight, act=None):
+    """The model's params with every kernel quantized."""
     stem = Rule(pattern="stem/kernel", weight=W8, act=act)  # 3 input channels: no groups
-    return QuantConfig(rules=(stem,), weight=weight, act=act)
+    return quantize(float_params(), QuantConfig(rules=(stem,), weight=weight, act=act))
+
+
+@pytest.fixture
+def images(key):
+    return jax.random.normal(key, (2, 8, 8, 3))
 
 
 @jax.jit
@@ -99,18 +101,16 @@ def relative(y, reference):
 
 
 @pytest.mark.parametrize("weight", [W8, W4], ids=["w8", "w4"])
-def test_an_unmodified_model_reads_the_dequantized_weights(params, images, weight):
-    qparams = quantize(params, config(weight))
+def test_an_unmodified_model_reads_the_dequantized_weights(images, weight):
+    qparams = quantized(weight)
     assert is_qtensor(qparams["block"]["attn"]["query"]["kernel"])
     np.testing.assert_allclose(
         apply(qparams, images), apply(dequantize(qparams), images), rtol=1e-6, atol=1e-6
     )
 
 
-def test_it_does_under_jit_and_remat_and_its_gradient_is_that_of_dequantized_weights(
-    params, images
-):
-    qparams = quantize(params, config(W4))
+def test_it_does_under_jit_and_remat_and_its_gradient_is_that_of_dequantized_weights(images):
+    qparams = quantized(W4)
     floats = dequantize(qparams)
     wrapped = nn.remat(Net)()
     loss = lambda params: lambda x: jnp.sum(wrapped.apply({"params": params}, x) ** 2)
@@ -120,8 +120,8 @@ def test_it_does_under_jit_and_remat_and_its_gradient_is_that_of_dequantized_wei
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_the_float_leaves_need_no_integer_gradients(params, images):
-    qparams = quantize(params, config())
+def test_gradients_of_the_float_leaves_need_no_integer_gradients(images):
+    qparams = quantized(W8)
     bias = qparams["head"]["bias"]
 
     def loss(bias):
@@ -130,55 +130,66 @@ def test_gradients_of_the_float_leaves_need_no_integer_gradients(params, images)
     np.testing.assert_allclose(jax.grad(loss)(bias), jnp.full(5, 2.0), rtol=1e-6)
 
 
-def test_vmap_over_stacked_qtensors_equals_a_loop(params, images):
-    trees = [quantize(jax.tree.map(lambda w, k=k: w * k, params), config(W4)) for k in (1.0, 0.5)]
+def test_vmap_over_stacked_qtensors_equals_a_loop(images):
+    tree = quantized(W4)
+    kernel = tree["head"]["kernel"]
+    doubled = {"head": {**tree["head"], "kernel": kernel.replace(scale=2 * kernel.scale)}}
+    trees = [tree, {**tree, **doubled}]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     y = jax.vmap(apply, in_axes=(0, None))(stacked, images)
     expected = jnp.stack([apply(tree, images) for tree in trees])
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def stacked_blocks(key, x, layers=3):
-    """Params of `layers` scanned blocks, quantized layer by layer, and their float values."""
-    float_params = jax.vmap(lambda k: Block().init(k, x)["params"])(jax.random.split(key, layers))
-    qparams = jax.vmap(lambda p: quantize(p, QuantConfig(weight=W4, act=A8)))(float_params)
-    return qparams
+class Layer(nn.Module):
+    """A layer to stack."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(16, name="dense")(nn.gelu(x)), None
+
+
+@pytest.fixture
+def stacked(key):
+    """Params of three layers, quantized one by one, with a leading axis."""
+    init = lambda k: Layer().init(k, jnp.zeros((1, 16)))["params"]
+    params = jax.vmap(init)(jax.random.split(key, 3))
+    return jax.vmap(lambda p: quantize(p, QuantConfig(weight=W4, act=A8)))(params)
+
+
+def layer(stacked, i):
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
 @pytest.mark.parametrize("wrap", [lambda module: module, nn.remat], ids=["plain", "remat"])
-def test_scan_over_stacked_qtensors_equals_a_loop_plain_and_intercepted(key, wrap):
-    x = jax.random.normal(key, (2, 4, 16))
-    qparams = stacked_blocks(key, x)
+def test_scan_over_stacked_qtensors_equals_a_loop_plain_and_intercepted(key, stacked, wrap):
+    x = jax.random.normal(key, (4, 16))
     scanned = nn.scan(
-        wrap(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        wrap(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
     )()
+
+    def scan(x):
+        return scanned.apply({"params": stacked}, x)[0]
 
     def loop(x):
         for i in range(3):
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], qparams)
-            x, _ = Block().apply({"params": layer}, x)
+            x, _ = Layer().apply({"params": layer(stacked, i)}, x)
         return x
 
-    y, _ = jax.jit(scanned.apply)({"params": qparams}, x)
-    np.testing.assert_allclose(y, loop(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(scan)(x), loop(x), rtol=1e-5, atol=1e-5)
     with linen.intercept() as log:
-        y, _ = scanned.apply({"params": qparams}, x)
-        expected = loop(x)
+        y, expected = scan(x), loop(x)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    assert ("attn/query/kernel", "low-bit") in log.layers
-    assert {outcome for _, outcome in log.layers} == {"low-bit"}
-    np.testing.assert_array_less(relative(y, loop(x)), 0.05)
+    assert log.layers == (("dense/kernel", "low-bit"),)
+    assert 0 < relative(y, loop(x)) < 0.02
 
 
-def test_lifted_vmap_maps_over_stacked_qtensors(key):
-    x = jax.random.normal(key, (3, 2, 4, 16))
-    qparams = stacked_blocks(key, x[0])
-    mapped = nn.vmap(Block, variable_axes={"params": 0}, split_rngs={"params": True})()
-    y, _ = mapped.apply({"params": qparams}, x)
-    for i in range(3):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], qparams)
-        expected, _ = Block().apply({"params": layer}, x[i])
-        np.testing.assert_allclose(y[i], expected, rtol=1e-5, atol=1e-5)
+def test_lifted_vmap_maps_over_stacked_qtensors(key, stacked):
+    x = jax.random.normal(key, (3, 4, 16))
+    mapped = nn.vmap(Layer, variable_axes={"params": 0}, split_rngs={"params": True})()
+    y, _ = mapped.apply({"params": stacked}, x)
+    expected = [Layer().apply({"params": layer(stacked, i)}, x[i])[0] for i in range(3)]
+    np.testing.assert_allclose(y, jnp.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_scan_over_layers_that_share_scales_raises():
@@ -203,14 +214,14 @@ def test_removing_an_axis_undoes_adding_it_wherever_it_stands(index):
     assert there.remove_axis(index, {}).axis == q.axis
 
 
-def test_eval_shape_of_apply_needs_no_arrays(params, images):
-    qparams = jax.eval_shape(lambda p: quantize(p, config(W4, A8)), params)
+def test_eval_shape_of_apply_needs_no_arrays(images):
+    qparams = jax.eval_shape(lambda params: params, quantized(W4, A8))
     assert jax.eval_shape(apply, qparams, images).shape == (2, 5)
     assert nn.unbox(qparams)["stem"]["kernel"].shape == (3, 3, 3, 16)
 
 
-def test_flax_unbox_dequantizes_and_unbox_tree_does_not(params):
-    qparams = quantize(params, config(W4))
+def test_flax_unbox_dequantizes_and_unbox_tree_does_not():
+    qparams = quantized(W4)
     kernel = nn.unbox(qparams)["head"]["kernel"]
     np.testing.assert_array_equal(kernel, qparams["head"]["kernel"].dequantize())
     bare = linen.unbox_tree(qparams)["head"]["kernel"]
@@ -226,8 +237,8 @@ def test_a_box_is_replaced_by_qtensors_only():
         linen.box(q).replace_boxed(jnp.ones((8, 4)))
 
 
-def test_boxes_nest_in_partitioned(params, images):
-    qparams = quantize(params, config(W4, A8))
+def test_boxes_nest_in_partitioned(images):
+    qparams = quantized(W4, A8)
     names = lambda leaf: (None,) * (leaf.ndim - 1) + ("model",)
     nested = jax.tree.map(
         lambda leaf: nn.Partitioned(leaf, names=names(leaf)), qparams, is_leaf=is_qtensor
@@ -239,8 +250,8 @@ def test_boxes_nest_in_partitioned(params, images):
 
 
 @pytest.mark.parametrize("weight", [W8, W4], ids=["w8a8", "w4a8"])
-def test_interception_computes_in_int8_within_the_error_of_the_activations(params, images, weight):
-    qparams = quantize(params, config(weight, A8))
+def test_interception_computes_in_int8_within_the_error_of_the_activations(images, weight):
+    qparams = quantized(weight, A8)
     with linen.intercept() as log:
         y = Net().apply({"params": qparams}, images)
     kernels = [path for path, _ in log.layers]
@@ -252,31 +263,33 @@ def test_interception_computes_in_int8_within_the_error_of_the_activations(param
     assert {outcome for _, outcome in log.layers} == {"low-bit"}
     dtypes = dot_dtypes(low_bit, qparams, images)
     integer = [dtype for dtype in dtypes if dtype[0] == "int8"]
-    assert len(integer) >= 9 and {dtype[2] for dtype in integer} == {"int32"}
+    assert len(integer) >= 8 and {dtype[2] for dtype in integer} == {"int32"}
     assert not any(dtype[0] == "int8" for dtype in dot_dtypes(apply, qparams, images))
     error = relative(y, apply(qparams, images))
-    assert 0 < error < 0.03  # ten layers of dynamic A8, each about 0.5 %
+    assert 0 < error < 0.03  # eight layers of dynamic A8, each about 0.5 %
     np.testing.assert_allclose(low_bit(qparams, images), y, rtol=1e-2, atol=1e-2)
 
 
-def test_interception_without_act_equals_the_plain_model(params, images):
-    qparams = quantize(params, config(W4))
+def test_interception_without_act_equals_the_plain_model(images):
+    qparams = quantized(W4)
     with linen.intercept() as log:
         y = Net().apply({"params": qparams}, images)
-    assert {outcome for _, outcome in log.layers} == {linen.WEIGHTS_ONLY}
+    assert {outcome for _, outcome in log.layers} == {foreign.WEIGHTS_ONLY}
     np.testing.assert_allclose(y, apply(qparams, images), rtol=1e-4, atol=1e-5)
 
 
-def test_interception_leaves_a_float_model_as_it_is(params, images):
+def test_interception_leaves_a_float_model_as_it_is(key):
+    x = jax.random.normal(key, (2, 16))
+    params = Layer().init(key, x)["params"]
     with linen.intercept() as log:
-        y = Net().apply({"params": params}, images)
-        jax.eval_shape(Net().init, jax.random.key(1), images)
-    assert {outcome for _, outcome in log.layers} == {"float"}
-    np.testing.assert_allclose(y, apply(params, images), rtol=1e-5, atol=1e-6)
+        y, _ = Layer().apply({"params": params}, x)
+        Layer().init(key, x)
+    assert log.layers == (("dense/kernel", "float"),)
+    np.testing.assert_array_equal(y, Layer().apply({"params": params}, x)[0])
 
 
-def test_bare_qtensors_run_where_intercepted(params, images):
-    qparams = quantize(params, config(W4, A8), box=False)
+def test_bare_qtensors_run_where_intercepted(images):
+    qparams = linen.unbox_tree(quantized(W4, A8))
     np.testing.assert_array_equal(
         low_bit(qparams, images), low_bit(linen.box_tree(qparams), images)
     )
@@ -381,10 +394,10 @@ def test_a_kernel_of_any_rank_is_the_same_matrix_packed_and_native(key):
             np.testing.assert_array_equal(matrix.dequantize(), q.dequantize().reshape(60, 8))
 
 
-def test_export_round_trip_of_apply_on_quantized_params(params, images):
+def test_export_round_trip_of_apply_on_quantized_params(images):
     pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
     export = importlib.import_module("jax.export")  # no attribute of jax 0.7
-    qparams = quantize(params, config(W4, A8))
+    qparams = quantized(W4, A8)
     exported = export.export(low_bit)(qparams, images)
     restored = export.deserialize(bytearray(exported.serialize()))
     np.testing.assert_array_equal(restored.call(qparams, images), low_bit(qparams, images))
