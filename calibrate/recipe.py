@@ -17,9 +17,14 @@ import jax
 
 from qjax.core.config import QuantConfig
 from qjax.core.quantize import quantize
+from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import PRNGKeyArray
-from qjax.models.loading import load_pipeline, method_name
+from qjax.models.denoisers import build_denoiser
+from qjax.models.loading import load_pipeline
 from qjax.models.pipeline import Pipeline
+from qjax.models.saving import method_name, with_digest
+
+RUN = "run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +71,29 @@ class Recipe:
             )
 
     def digest(self, stages: int | None = None) -> str:
-        """Hash of the settings up to and including the first `stages` stages; None for all."""
-        parts = [self.quant.to_dict()]
+        """Hash of the settings up to and including the first `stages` stages; None for all.
+
+        Raises:
+          TypeError: If a stage has settings that are no numbers, texts, None, or tuples and
+            dicts of them, whose hash would not be the same in another run.
+        """
+        parts: list[Any] = [self.quant.to_dict()]
         for stage in self.stages[:stages]:
-            parts.append({"stage": type(stage).__name__, **dataclasses.asdict(stage)})
-        text = json.dumps(parts, sort_keys=True, default=str)
+            fields: Any = stage
+            parts.append([type(stage).__name__, dataclasses.asdict(fields)])
+        try:
+            text = json.dumps(parts, sort_keys=True)
+        except TypeError as error:
+            raise TypeError(
+                f"Settings of stages must be numbers, texts, and tuples or dicts of them: {error}."
+            ) from None
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_stage(stage: Any) -> bool:
-    return isinstance(stage, Stage) and dataclasses.is_dataclass(stage)
+    if isinstance(stage, type) or not isinstance(stage, Stage):
+        return False
+    return dataclasses.is_dataclass(stage) and stage.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 def quant_config(recipe: Recipe | QuantConfig) -> QuantConfig:
@@ -88,10 +106,14 @@ def quant_config(recipe: Recipe | QuantConfig) -> QuantConfig:
 
 
 def quantize_pipeline(pipe: Pipeline, recipe: Recipe | QuantConfig) -> Pipeline:
-    """The pipeline with quantized params; data-free."""
+    """The pipeline with quantized params; data-free.
+
+    It remembers the rules, and the hash of the float params where it has a source.
+    """
     config = quant_config(recipe)
     params = quantize(pipe.params, config)
-    return pipe.replace(params=params, method=method_name(config))
+    source = None if pipe.source is None else with_digest(pipe)
+    return pipe.replace(params=params, quant=config, method=method_name(config), source=source)
 
 
 def run(
@@ -117,27 +139,34 @@ def run(
       The quantized pipeline; with `out` it is also saved there, in `out/final`.
 
     Raises:
-      ValueError: If `out` holds the stages of another recipe, seed or model.
+      ValueError: If `out` holds the stages of another recipe, seed or model, or `pipe` could
+        not be saved there; before anything is computed.
     """
-    out = None if out is None else Path(out)
-    state = State(teacher=pipe, student=quantize_pipeline(pipe, recipe))
-    total, done = len(recipe.stages), 0
-    if out is not None:
-        _claim(out, recipe, seed, pipe)
-        done, student = _furthest(out, recipe) if resume else (0, None)
-        state = state if student is None else dataclasses.replace(state, student=student)
+    folder = None if out is None else Path(out)
+    total, done, student = len(recipe.stages), 0, None
+    if folder is not None:
+        claim = _claim_of(pipe, recipe, seed)
+        _check_claim(folder, claim)
+        done, student = _furthest(folder, recipe) if resume else (0, None)
+    if student is None:
+        student = quantize_pipeline(pipe, recipe)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / RUN) as file:
+            file.write((json.dumps(claim, indent=1) + "\n").encode())
+    state = State(teacher=pipe, student=student)
     key = jax.random.key(seed)
     for i in range(done, total):
         stage = recipe.stages[i]
         if on_stage is not None:
             on_stage(i, total, type(stage).__name__)
         state = stage.run(state, jax.random.fold_in(key, i))
-        if out is not None:
-            state.student.save(out / _stage_folder(recipe, i))
+        if folder is not None:
+            state.student.save(folder / _stage_folder(recipe, i))
     if on_stage is not None:
         on_stage(total, total, "done")
-    if out is not None:
-        state.student.save(out / "final")
+    if folder is not None:
+        state.student.save(folder / "final")
     return state.student
 
 
@@ -145,25 +174,33 @@ def _stage_folder(recipe: Recipe, i: int) -> str:
     return f"stage-{i}-{type(recipe.stages[i]).__name__.lower()}"
 
 
-def _claim(out: Path, recipe: Recipe, seed: int, pipe: Pipeline) -> None:
-    """Write down what the folder is for, or see that it is for this."""
-    source = None if pipe.source is None else pipe.source.name
-    mine = {"recipe": recipe.digest(), "name": recipe.name, "seed": seed, "model": source}
-    path = out / "run.json"
-    out.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        if wrong := [key for key in mine if theirs.get(key) != mine[key]]:
-            raise ValueError(
-                f"{out} belongs to another run: "
-                + ", ".join(f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in wrong)
-                + ". Use another folder."
-            )
-    else:
-        path.write_text(json.dumps(mine, indent=1) + "\n")
+def _claim_of(pipe: Pipeline, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What a run's folder is for; fails for pipelines that no folder could hold."""
+    source = with_digest(pipe)
+    build_denoiser(source.model, source.config)
+    settings = {"recipe": recipe.digest(), "name": recipe.name, "seed": seed}
+    return settings | {"model": source.name, "params": source.sha256}
+
+
+def _check_claim(out: Path, mine: dict[str, Any]) -> None:
+    """That the folder is new, or for this run."""
+    path = out / RUN
+    if not path.exists():
+        return
+    try:
+        theirs = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} is not what a run has written. Use another folder.") from None
+    if wrong := [key for key in mine if theirs.get(key) != mine[key]]:
+        raise ValueError(
+            f"{out} belongs to another run: "
+            + ", ".join(f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in wrong)
+            + ". Use another folder."
+        )
 
 
 def _furthest(out: Path, recipe: Recipe) -> tuple[int, Pipeline | None]:
+    """How many stages are done, and the pipeline after the last of them."""
     for i in reversed(range(len(recipe.stages))):
         folder = out / _stage_folder(recipe, i)
         if folder.exists():

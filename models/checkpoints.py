@@ -177,7 +177,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be JSON; got {error}.") from None
     if not isinstance(value, dict):
         # What is wrong is the file, not the caller's type.
-        raise ValueError(f"{path} must be a JSON object; got {value!r:.80}.")  # noqa: TRY004
+        raise ValueError(f"{path} must be a JSON object; got {value!r:.80}.")
     return value
 
 

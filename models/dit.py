@@ -189,7 +189,7 @@ class Conditioning(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, t: Array, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
+    def __call__(self, t: Array, labels: Int[Array, " b"]) -> Float[Array, "b d"]:
         config = self.config
         init = nn.initializers.normal(0.02)
         h = timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=config.freq_shift)
@@ -261,7 +261,7 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_t: Float[Array, "b h w c"], t: Array, labels: Int[Array, "b"]
+        self, x_t: Float[Array, "b h w c"], t: Array, labels: Int[Array, " b"]
     ) -> Float[Array, "b h w o"]:
         config, p = self.config, self.config.patch_size
         b, h, w, _ = x_t.shape

@@ -99,8 +99,12 @@ def original_config(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int = 1
       ValueError: If a tensor that is needed is missing, or the width is no multiple of
         `num_heads`.
     """
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
-    needed += ("final_layer.linear.weight",)
+    needed = (
+        "x_embedder.proj.weight",
+        "pos_embed",
+        "y_embedder.embedding_table.weight",
+        "final_layer.linear.weight",
+    )
     if missing := [key for key in needed if key not in shapes]:
         raise ValueError(
             f"A DiT checkpoint in the authors' layout needs {', '.join(missing)} to tell its "

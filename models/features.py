@@ -21,7 +21,7 @@ class FeatureNetConfig:
       num_classes: Classes it was trained to tell apart.
     """
 
-    channels: tuple[int, ...] = (32, 64, 96)
+    channels: tuple[int, ...] = (48, 96, 128)
     num_features: int = 64
     num_classes: int = 10
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qjax.core.config import QuantConfig
 from qjax.core.steps import StepTable, TableKey
 from qjax.core.typing import Apply, Array, Float, Int, Params, PRNGKeyArray
 from qjax.models.samplers import Sampler
@@ -52,6 +53,8 @@ class Source:
     """Its config, as `to_diffusers` of the config gives it."""
     name: str | None = None
     """Name of the shipped model, folder or hub id it was loaded from."""
+    sha256: str | None = None
+    """Hash of the float parameters (`serialize.params_digest`); None if not computed yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +87,8 @@ class Pipeline:
     """What changes from step to step in a quantized model."""
     method: str | None = None
     """Name or hash of how `params` were quantized, compared with the step table's keys."""
+    quant: QuantConfig | None = None
+    """The rules by which `params` were quantized; None for float ones."""
     source: Source | None = None
     """What it takes to build the network again; needed to save the pipeline."""
 
@@ -136,7 +141,7 @@ class Pipeline:
         Raises:
           ValueError: If the pipeline does not say which network it runs.
         """
-        from qjax.models.loading import save_pipeline  # it builds pipelines itself
+        from qjax.models.saving import save_pipeline  # it builds pipelines itself
 
         save_pipeline(self, Path(folder))
 

@@ -5,12 +5,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from qjax.models.convert import convert, to_checkpoint  # noqa: E402
-from qjax.models.dit import DiT, DiTBlock, DiTConfig, position_embedding  # noqa: E402
-from qjax.models.dit_keys import (  # noqa: E402
+from qjax.models.convert import convert, to_checkpoint
+from qjax.models.dit import DiT, DiTBlock, DiTConfig, position_embedding
+from qjax.models.dit_keys import (
     ORIGINAL_CONSTANTS,
     diffusers_keys,
     is_original,

@@ -1,0 +1,133 @@
+"""A pipeline on disk in the library's own format, and back without the float weights.
+
+What `qjax.core.serialize` writes: params and step table as one tree, and in the manifest's
+record what it takes to build network and sampler again, the rules by which the params were
+quantized, and the hash of the float params they were made of.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qjax.core import serialize
+from qjax.core.config import QuantConfig
+from qjax.core.manifest import MANIFEST
+from qjax.core.qtensor import is_qtensor
+from qjax.core.steps import StepTable, TableKey
+from qjax.models.denoisers import abstract_params, build_denoiser
+from qjax.models.pipeline import Pipeline, Source
+from qjax.models.samplers import Sampler, sampler_from_diffusers
+
+_FIELDS = ("shape", "null_label", "num_labels", "guidance_channels", "method")
+
+
+def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
+    """Write a pipeline, quantized or not, so that `load_pipeline` finds it again.
+
+    Its network, sampler, step table, rules and the hash of the float parameters go along.
+
+    Raises:
+      ValueError: If `load_pipeline` could not build it again: it does not say which network it
+        runs (it came from `from_apply` without a `source`), or one without a port here.
+    """
+    source = with_digest(pipe)
+    build_denoiser(source.model, source.config)
+    table = pipe.step_table or StepTable()
+    record = {
+        "source": {**dataclasses.asdict(source), "config": dict(source.config)},
+        "sampler": pipe.sampler.to_diffusers(),
+        "fields": {name: getattr(pipe, name) for name in _FIELDS},
+        "quant": None if pipe.quant is None else pipe.quant.to_dict(),
+        "step_table": {name: dataclasses.asdict(key) for name, key in table.keys},
+    }
+    tree: dict[str, Any] = {"params": pipe.params}
+    if table.entries:
+        tree["step_table"] = table.entries
+    serialize.save(folder, tree, record)
+
+
+def with_digest(pipe: Pipeline) -> Source:
+    """The source of a pipeline, with the hash of its float parameters where they are at hand.
+
+    Raises:
+      ValueError: If the pipeline has no source.
+    """
+    source = pipe.source
+    if source is None:
+        raise ValueError(
+            "A pipeline can be saved if its source says which network it runs; this one came "
+            "from from_apply without one. Save its params with qjax.core.serialize.save."
+        )
+    leaves = jax.tree.leaves(dict(pipe.params), is_leaf=is_qtensor)
+    if not any(map(is_qtensor, leaves)):
+        source = dataclasses.replace(source, sha256=serialize.params_digest(pipe.params))
+    return source
+
+
+def method_name(config: QuantConfig) -> str:
+    """A short hash of a config: what a step table's entries are compared with."""
+    text = json.dumps(config.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_saved(folder: Path) -> Pipeline:
+    """The pipeline that `save_pipeline` wrote.
+
+    Raises:
+      FileNotFoundError: If the folder holds no save.
+      ValueError: If the files were changed, or do not describe a pipeline of this library.
+    """
+    tree, record = serialize.load(folder)
+    try:
+        source = Source(**record["source"])
+        sampler: Sampler = sampler_from_diffusers(record["sampler"])
+        quant = None if record["quant"] is None else QuantConfig.from_dict(record["quant"])
+        denoiser = build_denoiser(source.model, source.config)
+        pipe = Pipeline.from_apply(
+            denoiser.model.apply,
+            tree["params"],
+            sampler,
+            source=source,
+            quant=quant,
+            step_table=_step_table(record["step_table"], tree.get("step_table", {})),
+            **record["fields"],
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} does not describe a pipeline: {error!r}.") from None
+    _check_shapes(folder, abstract_params(denoiser), pipe.params)
+    return pipe
+
+
+def _step_table(keys: Mapping[str, Any], entries: Mapping[str, Any]) -> StepTable | None:
+    """The saved table, each entry checked against its key; None if there was none."""
+    if keys.keys() != entries.keys():
+        raise ValueError(
+            f"The step table needs a key for every entry; got keys {sorted(keys)} and entries "
+            f"{sorted(entries)}."
+        )
+    table = StepTable()
+    for name, key in keys.items():
+        table = table.with_entry(name, entries[name], key=TableKey(**key))
+    return table if entries else None
+
+
+def _check_shapes(folder: Path, expected: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """That the saved leaves are those of the model, by path and logical shape."""
+    want = {path: tuple(leaf.shape) for path, leaf in serialize.flatten(expected)}
+    have = {path: tuple(leaf.shape) for path, leaf in serialize.flatten(params)}
+    problems = [f"missing {path}" for path in want.keys() - have.keys()]
+    problems += [f"unexpected {path}" for path in have.keys() - want.keys()]
+    problems += [
+        f"{path} {list(have[path])} instead of {list(want[path])}"
+        for path in want.keys() & have.keys()
+        if want[path] != have[path]
+    ]
+    if problems:
+        raise ValueError(
+            f"The params in {folder} do not fit its config: {'; '.join(sorted(problems)[:20])}."
+        )
