@@ -9,6 +9,7 @@ References:
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,14 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
       ValueError: If the file is not idx, not of bytes, or has another length than it says.
     """
-    with gzip.open(path, "rb") as file:
-        data = file.read()
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
+    try:
+        with gzip.open(path, "rb") as file:
+            data = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}. Get it again.") from None
+    rank = data[3] if len(data) > 3 else 0
+    if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * rank:
         raise ValueError(f"{path} is not an idx file of unsigned bytes; its start is {data[:4]!r}.")
-    rank = data[3]
     shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * rank)
     if body.size != np.prod(shape):
@@ -51,7 +55,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def fashion_mnist(
     split: str, *, folder: Path = DEFAULT_FOLDER
-) -> tuple[UInt8[np.ndarray, "b 32 32 1"], Int[np.ndarray, "b"]]:
+) -> tuple[UInt8[np.ndarray, "b 32 32 1"], Int[np.ndarray, " b"]]:
     """Images padded to 32x32 with background, and their labels 0 to 9.
 
     Args:
@@ -60,8 +64,12 @@ def fashion_mnist(
 
     Raises:
       FileNotFoundError: If the files are not there; the text says how to get them.
+      ValueError: If `split` is another, or the files are not what they should be.
     """
-    prefix = {"train": "train", "test": "t10k"}[split]
+    prefixes = {"train": "train", "test": "t10k"}
+    if split not in prefixes:
+        raise ValueError(f"split must be 'train' or 'test'; got {split!r}.")
+    prefix = prefixes[split]
     paths = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
@@ -70,6 +78,11 @@ def fashion_mnist(
             "Debian package dataset-fashion-mnist, or give the folder of the idx files."
         )
     images, labels = map(read_idx, paths)
+    if images.shape != (len(labels), 28, 28):
+        raise ValueError(
+            f"Fashion-MNIST has 28x28 images and a label for each; {folder} has images of shape "
+            f"{images.shape} and {labels.shape} labels."
+        )
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]
     return padded, labels.astype(np.int32)
 

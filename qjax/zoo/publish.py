@@ -25,17 +25,27 @@ from qjax.models.dit_keys import diffusers_keys
 from qjax.models.features import FeatureNet, penultimate
 from qjax.models.unet2d import UNet2DModel
 from qjax.models.unet2d_keys import checkpoint_keys
-from qjax.zoo.data import CLASSES, fashion_mnist, to_float
+from qjax.zoo.data import CLASSES, DEFAULT_FOLDER, fashion_mnist, to_float
 from qjax.zoo.models import NULL_LABEL, SAMPLER
 
 REFERENCE_BATCH = 1000
 
 
-def publish(name: str, model: nn.Module, params: Params, folder: Path) -> None:
-    """Write the model `name` into `folder`."""
+def publish(
+    name: str, model: nn.Module, params: Params, folder: Path, *, data: Path = DEFAULT_FOLDER
+) -> None:
+    """Write the model `name` into `folder`.
+
+    Args:
+      name: Its name in the zoo.
+      model: A DiT, a UNet2DModel or a FeatureNet.
+      params: Its trained weights.
+      folder: Created if need be.
+      data: Folder of the idx files, whose test set the classifier is judged on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, FeatureNet):
-        _publish_features(model, params, folder)
+        _publish_features(model, params, folder, data)
         return
     if isinstance(model, DiT):
         component, table = "transformer", diffusers_keys(model.config)
@@ -59,14 +69,14 @@ def publish(name: str, model: nn.Module, params: Params, folder: Path) -> None:
     _write_json(folder / "zoo.json", record)
 
 
-def _publish_features(model: FeatureNet, params: Params, folder: Path) -> None:
+def _publish_features(model: FeatureNet, params: Params, folder: Path, data: Path) -> None:
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     tensors = {key: np.asarray(value, np.float16) for key, value in flat.items()}
     stored = jax.tree.map(lambda a: jnp.asarray(a, jnp.float16).astype(jnp.float32), params)
     _write_json(folder / "config.json", dataclasses.asdict(model.config))
     write_tensors(folder / "features.safetensors", tensors, {"format": "qjax"})
 
-    images, labels = fashion_mnist("test")
+    images, labels = fashion_mnist("test", folder=data)
     predicted, features = features_of(model, stored, images)
     accuracy = float(np.mean(predicted == labels))
     order = np.random.default_rng(0).permutation(len(labels))

@@ -51,6 +51,7 @@ class TrainConfig:
       ema: Decay of the moving average of the weights, once past its own warm-up.
       label_dropout: Share of labels replaced by the null class.
       seed: Of the initial weights, the batches and the noise.
+      checkpoint_every: Steps from one checkpoint to the next; changes nothing of the result.
     """
 
     steps: int
@@ -60,12 +61,13 @@ class TrainConfig:
     ema: float = 0.999
     label_dropout: float = 0.1
     seed: int = 0
+    checkpoint_every: int = 500
 
 
 RUNS = {
     "fashion-dit": TrainConfig(steps=4500, learning_rate=1.5e-3),
-    "fashion-unet": TrainConfig(steps=3000, batch=64),
-    "fashion-features": TrainConfig(steps=2500, learning_rate=2e-3, ema=0.995),
+    "fashion-unet": TrainConfig(steps=5000, batch=64),
+    "fashion-features": TrainConfig(steps=4500, learning_rate=2e-3, ema=0.998),
 }
 
 
@@ -87,27 +89,29 @@ def diffusion_loss(model: nn.Module, alpha_bar: Array, config: TrainConfig) -> L
     def loss(params: Params, key: PRNGKeyArray, images: Array, labels: Array) -> Array:
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         b = images.shape[0]
-        strata = (jnp.arange(b) + jax.random.uniform(t_key, (b,))) / b
+        strata = (jnp.arange(b, dtype=jnp.float32) + jax.random.uniform(t_key, (b,))) / b
         t = jnp.floor(strata * alpha_bar.size).astype(jnp.int32)
         a = alpha_bar[t][:, None, None, None]
         noise = jax.random.normal(noise_key, images.shape)
         x_t = jnp.sqrt(a) * to_float(images) + jnp.sqrt(1 - a) * noise
         dropped = jax.random.bernoulli(drop_key, config.label_dropout, (b,))
         labels = jnp.where(dropped, NULL_LABEL, labels)
-        prediction = model.apply({"params": params}, x_t, t, labels)
+        prediction = jnp.asarray(model.apply({"params": params}, x_t, t, labels))
         return jnp.mean(jnp.square(prediction - noise))
 
     return loss
 
 
 def classifier_loss(model: FeatureNet) -> Loss:
-    """Cross-entropy on images that are shifted by up to two pixels and given some noise."""
+    """Cross-entropy on images that are mirrored, shifted by up to two pixels, a little noisy."""
 
     def loss(params: Params, key: PRNGKeyArray, images: Array, labels: Array) -> Array:
-        shift_key, noise_key = jax.random.split(key)
+        flip_key, shift_key, noise_key = jax.random.split(key, 3)
+        flipped = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
         shift = jax.random.randint(shift_key, (2,), -2, 3)
-        x = jnp.roll(to_float(images), shift, axis=(1, 2)) / 2 + 0.5
-        x = x + 0.05 * jax.random.normal(noise_key, x.shape)
+        x = jnp.where(flipped, images[:, :, ::-1], images)
+        x = jnp.roll(to_float(x), shift, axis=(1, 2)) / 2 + 0.5
+        x = x + 0.02 * jax.random.normal(noise_key, x.shape)
         logits, _ = model.apply({"params": params}, x)
         smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), 0.1)
         return jnp.mean(optax.softmax_cross_entropy(logits, smooth))
@@ -143,8 +147,8 @@ def train(
 ) -> tuple[nn.Module, Params]:
     """Train the zoo model `name` and return its module and averaged weights.
 
-    Writes a checkpoint under `out` every 500 steps and one JSON line to `out/log.jsonl`
-    every 100; starts from the newest checkpoint found there.
+    Writes a checkpoint under `out` every `checkpoint_every` steps and one JSON line to
+    `out/log.jsonl` every 100; starts from the newest checkpoint found there.
     """
     images, labels = (jnp.asarray(a) for a in fashion_mnist("train", folder=folder))
     key = jax.random.key(config.seed)
@@ -159,8 +163,12 @@ def train(
             key, to_float(images[:1]), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32)
         )["params"]
 
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup, config.steps
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01)
+    )
     state = State(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     step = make_step(loss, optimizer, config)
 
@@ -184,7 +192,7 @@ def train(
                     print(json.dumps(record), file=log, flush=True)
                     progress.update(bar, description=f"{name} loss {record['loss']:.4f}")
                     recent = []
-                if (number + 1) % 500 == 0:
+                if (number + 1) % config.checkpoint_every == 0:
                     manager.save(number + 1, args=ocp.args.StandardSave(state))
     return model, state.ema
 
@@ -205,7 +213,8 @@ def main() -> None:
     model, params = train(args.name, out=args.out, config=config, folder=args.data)
     from qjax.zoo.publish import publish
 
-    publish(args.name, model, params, args.publish or Path(__file__).parent / args.name)
+    folder = args.publish or Path(__file__).parent / args.name
+    publish(args.name, model, params, folder, data=args.data)
 
 
 if __name__ == "__main__":
