@@ -7,6 +7,7 @@ round-by-round ratios to the first one; ratios are what a result is quoted by.
 """
 
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -108,10 +109,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _commit() -> str | None:
     """The commit the working tree stands on, with `+` where it differs; None outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    head = run([*git, "rev-parse", "HEAD"])
     if head.returncode:
         return None
-    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    status = run([*git, "status", "--porcelain"])
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 

@@ -1,9 +1,9 @@
 """Quantize diffusion models after training and run them at low bits in JAX.
 
-    qparams = qjax.quantize(params, qjax.recipes.w8a8())
-    print(qjax.plan(params, qjax.recipes.w4a8()))
-    pipe = qjax.load("fashion-dit")
-    report = qjax.compare(pipe, qjax.quantize(pipe, qjax.recipes.w4a8()), out="report.html")
+qparams = qjax.quantize(params, qjax.recipes.w8a8())
+print(qjax.plan(params, qjax.recipes.w4a8()))
+pipe = qjax.load("fashion-dit")
+report = qjax.compare(pipe, qjax.quantize(pipe, qjax.recipes.w4a8()), out="report.html")
 """
 
 from qjax import calibrate as calibrate

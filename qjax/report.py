@@ -41,6 +41,7 @@ __all__ = [
     "save_png",
     "summary_sentences",
     "summary_table",
+    "table_rows",
 ]
 
 # What a verdict's tone looks like in a terminal.
@@ -84,13 +85,13 @@ def summary_table(report: ComparisonReport) -> Table:
     table.add_column(Text(f"float\n{report.float_dtype}"), justify="right")
     for variant in report.variants:
         table.add_column(Text(variant.name), justify="right")
-    for name, float_cell, verdicts in _table_rows(report):
+    for name, float_cell, verdicts in table_rows(report):
         cells = [Text(verdict.text, style=STYLES[verdict.tone]) for verdict in verdicts]
         table.add_row(Text(name), Text(float_cell), *cells)
     return table
 
 
-def _table_rows(report: ComparisonReport) -> list[tuple[str, str, list[Verdict]]]:
+def table_rows(report: ComparisonReport) -> list[tuple[str, str, list[Verdict]]]:
     """Name, the float model's cell and the variants' cells of every row."""
     even = lambda text: Verdict(text=text, tone="even")
     variants, times = report.variants, words.float_seconds(report)

@@ -185,10 +185,12 @@ class VariantResult:
 
     @property
     def quantized_layers(self) -> tuple[LayerResult, ...]:
+        """The layers with low-bit weights."""
         return tuple(layer for layer in self.layers if layer.weight_bits is not None)
 
     @property
     def float_layers(self) -> tuple[LayerResult, ...]:
+        """The layers left in float."""
         return tuple(layer for layer in self.layers if layer.weight_bits is None)
 
 

@@ -1,0 +1,77 @@
+"""The fast part of the suite on the oldest and the newest JAX and Flax that are supported.
+
+    nox -s floor     jax 0.7.2, flax 0.11.2: what a stock Colab notebook has
+    nox -s newest    the newest of both, on a Python >= 3.12 if this machine has one
+
+Both leave out torch, diffusers and transformers, which the library itself imports only where
+they are used: what needs them skips itself, and runs in the full suite.
+"""
+
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.options.sessions = ["floor", "newest"]
+
+PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+FLOOR = ("jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2")
+NEWEST = ("jax", "jaxlib", "flax")
+
+# Chosen per session, and what only the oracles of the full suite need.
+LEFT_OUT = {"jax", "flax", "torch", "diffusers", "transformers"}
+FAST = ("-m", "not slow and not torch_oracle")
+
+
+def requirements() -> list[str]:
+    """What the library and its tests need, from `pyproject.toml`, without `LEFT_OUT`."""
+    listed = [*PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"]["test"]]
+    return [line for line in listed if Requirement(line).name not in LEFT_OUT]
+
+
+def find_python() -> str | None:
+    """The highest Python from 3.12 to 3.14 that runs: on the PATH, or one of pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for minor in (14, 13, 12):
+        name = f"python3.{minor}"
+        versions = sorted(pyenv.glob(f"versions/3.{minor}.*/bin/{name}"), reverse=True)
+        for candidate in [name, *map(str, versions)]:
+            code = f"import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, {minor}))"
+            try:
+                # A shim of pyenv is there even where the version behind it is not active.
+                done = subprocess.run([candidate, "-c", code], capture_output=True, check=False)
+            except OSError:
+                continue
+            if done.returncode == 0:
+                return candidate
+    return None
+
+
+def run_fast_part(session: nox.Session, *versions: str) -> None:
+    """Install the given jax and flax, then the library without its dependencies, and test."""
+    session.install(*versions, *requirements())
+    session.install("--no-deps", "-e", ".")
+    session.run(
+        "python", "-c", "import jax, flax; print('jax', jax.__version__, 'flax', flax.__version__)"
+    )
+    session.run("pytest", *FAST, *session.posargs)
+
+
+NEWEST_PYTHON = find_python()
+
+
+@nox.session
+def floor(session: nox.Session) -> None:
+    """The fast part on the oldest supported jax and flax."""
+    run_fast_part(session, *FLOOR)
+
+
+@nox.session(python=NEWEST_PYTHON)
+def newest(session: nox.Session) -> None:
+    """The fast part on the newest jax and flax, which need a Python >= 3.12."""
+    if NEWEST_PYTHON is None:
+        session.skip("NOT TESTED on the newest jax and flax: no Python >= 3.12 was found here")
+    run_fast_part(session, *NEWEST)

@@ -1,0 +1,8 @@
+"""`python -m qjax`."""
+
+import sys
+
+from qjax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The command to begin with: see it work."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from qjax import demo as demo_
+from qjax import recipes, report
+from qjax.cli_models import SEED
+from qjax.cli_options import Command, Option, path, switch, whole
+from qjax.cli_output import Output
+from qjax.report_words import number_text
+from qjax.timing import Phases
+
+QUICK = {"num_images": 64, "steps": 10}
+FULL = {"num_images": 256, "steps": 20}
+
+
+def demo(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
+    """Every shipped model in float and at low bits: a table, pictures, a page each."""
+    size = FULL if settings.full else QUICK
+    images = settings.num_images or size["num_images"]
+    steps = settings.steps or size["steps"]
+    names = tuple(recipes.RECIPES) if settings.full else demo_.RECIPES
+    phases = Phases()
+    with output.progress("demo") as tell:
+        shown = demo_.run_demo(
+            settings.out,
+            images=images,
+            steps=steps,
+            names=names,
+            seed=settings.seed,
+            phases=phases,
+            tell=tell,
+        )
+    document = demo_.results(shown, phases) | {"index": str(settings.out / demo_.INDEX)}
+    demo_.save_results(settings.out, document)
+    for one in shown:
+        table = report.summary_table(one.report)
+        table.add_row(*one.disk_row())
+        output.say(table, *one.report.notes, "")
+    spent = ", ".join(f"{name} {number_text(s, 2)} s" for name, s in phases.seconds.items())
+    first = shown[0]
+    example = first.folders[names[-1]]
+    output.say(
+        f"index: {settings.out / demo_.INDEX}",
+        *(f"{one.name}: {one.page} and {one.grid}" for one in shown),
+        f"{number_text(phases.total)} s in all: {spent}",
+        f"next: qjax generate {example} --labels 3,7 --guidance 2 --out pictures.png",
+    )
+    return document
+
+
+COMMANDS = (
+    Command(
+        name="demo",
+        help="quantize the shipped models, draw, compare, and write pages: start here",
+        run=demo,
+        options=(
+            Option(
+                name="full",
+                read=switch,
+                default=False,
+                help=f"{FULL['num_images']} pictures, {FULL['steps']} steps, every recipe, instead "
+                f"of {QUICK['num_images']} pictures and {QUICK['steps']} steps",
+            ),
+            Option(
+                name="out",
+                read=path,
+                metavar="DIR",
+                default=path("qjax-demo"),
+                help="folder to write",
+            ),
+            Option(name="num-images", read=whole(2), metavar="N", help="pictures by each model"),
+            Option(name="steps", read=whole(1), metavar="N", help="steps of the sampler"),
+            SEED,
+        ),
+        example="qjax demo",
+    ),
+)

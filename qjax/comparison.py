@@ -1,0 +1,274 @@
+"""compare: quantized pipelines held against the float one, from the same noise.
+
+Everything is measured here and shown by `qjax.report`: pictures and their likeness, the error
+of the running sample after every step, bytes, and the seconds that a step takes. A model of
+the zoo is also looked at by the zoo's classifier.
+"""
+
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qjax import report as pages
+from qjax import report_judge, zoo
+from qjax._version import __version__
+from qjax.core import metrics
+from qjax.core.quantize import tree_bytes
+from qjax.models.pipeline import Pipeline
+from qjax.models.sampling import to_images
+from qjax.report_data import ComparisonReport, Timing, VariantResult
+from qjax.report_layers import how_quantized, layer_results
+from qjax.timing import interleaved
+from qjax.zoo.data import CLASSES
+
+DEFAULT_IMAGES = 64
+REPORTED_IMAGES = 8
+BATCH = 64
+
+
+def compare(
+    pipe: Pipeline,
+    quantized: Pipeline | Mapping[str, Pipeline],
+    *,
+    num_images: int | None = None,
+    labels: Sequence[int] | None = None,
+    steps: int = 10,
+    guidance_scale: float | None = None,
+    eta: float = 0.0,
+    seed: int = 0,
+    repeats: int = 3,
+    out: Path | str | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> ComparisonReport:
+    """Hold quantized pipelines against the float one, from the same noise.
+
+    Args:
+      pipe: The float pipeline.
+      quantized: One quantized pipeline, or several by name.
+      num_images: Pictures by each, of which the first eight are shown; by default as many as
+        labels, else 64.
+      labels: Their classes; by default all classes in turn.
+      steps: Steps of the sampler.
+      guidance_scale: Weight of classifier-free guidance; None for none.
+      eta: Share of fresh noise.
+      seed: Of the noise; image i is the same whatever else is drawn.
+      repeats: Timed runs behind every speed, all models in turn; 0 leaves speed out.
+      out: A `.html` file for the page; the picture grid is written beside it as `.png`.
+      on_progress: Called with work done, all work and what comes next.
+
+    Returns:
+      The report; `qjax.report` shows it as a page, a grid and a table.
+
+    Raises:
+      ValueError: If the labels are not one an image, a pipeline has another shape of sample
+        or another sampler than the float one, or the samples are no pictures.
+    """
+    variants = {"quantized": quantized} if isinstance(quantized, Pipeline) else dict(quantized)
+    _check_comparable(pipe, variants, out)
+    n, labels = _images_and_labels(pipe, num_images, labels)
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+    settings |= {"labels": labels, "num_images": n, "key": jax.random.key(seed)}
+    settings |= {"batch_size": min(BATCH, n)}
+    total = 2 + len(variants) + repeats
+
+    def tell(done: int, what: str) -> None:
+        if on_progress is not None:
+            on_progress(done, total, what)
+
+    tell(0, "float images")
+    reference = _draw(pipe, settings)
+    drawn = {}
+    for i, (name, variant) in enumerate(variants.items()):
+        tell(1 + i, f"{name} images")
+        drawn[name] = _draw(variant, settings)
+    first = 1 + len(variants)
+    timings = _time(
+        pipe, variants, settings, repeats, lambda i: tell(first + i, f"speed, round {i + 1}")
+    )
+    tell(total - 1, "numbers")
+    results = tuple(
+        _result(pipe, name, variant, drawn[name], reference, timings.get(name), labels)
+        for name, variant in variants.items()
+    )
+    tell(total, "done")
+    shown = min(REPORTED_IMAGES, n)
+    report = ComparisonReport(
+        title=f"{_name(pipe)}: float and quantized",
+        model=_name(pipe),
+        device=_device(),
+        sampler=_sampler_words(pipe, steps, guidance_scale, eta),
+        versions=(("qjax", __version__), ("jax", jax.__version__)),
+        seeds=tuple(range(shown)),
+        labels=_label_words(pipe, labels, shown),
+        float_images=reference.images[:shown],
+        bytes_float=tree_bytes(pipe.params),
+        float_dtype="float16",
+        variants=results,
+        timesteps=tuple(float(t) for t in pipe.sampler.timesteps(steps)),
+        notes=report_judge.notes(n) if _is_zoo(pipe) else (),
+    )
+    if out is not None:
+        page = Path(out)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        pages.save_html(report, page)
+        pages.save_png(pages.image_grid(report), page.with_suffix(".png"))
+    return report
+
+
+def _check_comparable(
+    pipe: Pipeline, variants: Mapping[str, Pipeline], out: Path | str | None
+) -> None:
+    if not variants:
+        raise ValueError("compare needs at least one quantized pipeline; got none.")
+    if pipe.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"compare shows pictures of 1 or 3 channels; got samples of {pipe.shape[-1]} "
+            f"channels, shape={pipe.shape}. Latents have to be decoded first."
+        )
+    problems = [
+        f"{name} has {what} {theirs} instead of {ours}"
+        for name, variant in variants.items()
+        for what, theirs, ours in (
+            ("shape", variant.shape, pipe.shape),
+            ("sampler", variant.sampler, pipe.sampler),
+        )
+        if theirs != ours
+    ]
+    if problems:
+        raise ValueError(
+            "pictures from the same noise can be compared if shape and sampler are the same; "
+            f"{'; '.join(problems)}. Use pipe.replace(sampler=...)."
+        )
+    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"out must be a file that ends in .html; got {str(out)!r}.")
+
+
+def _images_and_labels(
+    pipe: Pipeline, num_images: int | None, labels: Sequence[int] | None
+) -> tuple[int, Sequence[int] | None]:
+    """How many pictures, and their classes; None for a model without."""
+    n = num_images
+    if n is None:
+        n = DEFAULT_IMAGES if labels is None else len(labels)
+    if n < 1:
+        raise ValueError(f"num_images must be at least 1; got {n}.")
+    if labels is not None and len(labels) != n:
+        raise ValueError(
+            f"labels must be one an image; got {len(labels)} labels for num_images={n}. Leave "
+            "num_images out, or give as many labels."
+        )
+    if labels is None and pipe.num_labels:
+        classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
+        labels = [i % classes for i in range(n)]
+    return n, labels
+
+
+class _Drawn(NamedTuple):
+    """Pictures, and the running sample after every step."""
+
+    images: np.ndarray
+    path: np.ndarray
+
+
+def _draw(pipe: Pipeline, settings: Mapping[str, Any]) -> _Drawn:
+    x_0, trajectory = pipe(**settings, output="latent", return_trajectory=True)
+    path = np.concatenate([np.asarray(trajectory.x_t)[1:], np.asarray(x_0)[None]])
+    return _Drawn(np.asarray(to_images(x_0)), path)
+
+
+def _time(
+    pipe: Pipeline,
+    variants: Mapping[str, Pipeline],
+    settings: Mapping[str, Any],
+    repeats: int,
+    on_round: Callable[[int], None],
+) -> dict[str, Timing]:
+    """Median seconds a step of all, run in turn; the programs are compiled already."""
+    if not repeats:
+        return {}
+    pipes = {"": pipe, **variants}
+
+    def run(one: Pipeline) -> Any:
+        return one(**settings, output="latent", return_trajectory=True)
+
+    calls = {name: (lambda one=one: run(one)) for name, one in pipes.items()}
+    seconds = interleaved(calls, rounds=repeats, min_seconds=0, warm=True, on_round=on_round)
+    batch = settings["batch_size"]
+    steps = settings["steps"] * math.ceil(settings["num_images"] / batch)
+    return {
+        name: Timing(
+            seconds_float=seconds[""] / steps,
+            seconds_quantized=seconds[name] / steps,
+            batch=batch,
+            repeats=repeats,
+        )
+        for name in variants
+    }
+
+
+def _result(
+    pipe: Pipeline,
+    name: str,
+    variant: Pipeline,
+    drawn: _Drawn,
+    reference: _Drawn,
+    timing: Timing | None,
+    labels: Sequence[int] | None,
+) -> VariantResult:
+    images = drawn.images
+    small = min(images.shape[1:3]) < metrics.SSIM_WINDOW
+    known = _is_zoo(pipe)
+    distances = report_judge.feature_distances(images, reference.images) if known else ()
+    agreement = None
+    if known and labels is not None:
+        agreement = report_judge.agreement(images, reference.images, labels)
+    axes = tuple(range(1, drawn.path.ndim))
+    return VariantResult(
+        name=name,
+        how=how_quantized(variant.params),
+        images=images[:REPORTED_IMAGES],
+        bytes_quantized=tree_bytes(variant.params),
+        psnr=metrics.psnr(images, reference.images, data_range=1.0),
+        ssim=None if small else metrics.ssim(images, reference.images, data_range=1.0),
+        error_per_step=np.asarray(metrics.relative_l2(drawn.path, reference.path, axis=axes)),
+        timing=timing,
+        distances=distances,
+        agreement=agreement,
+        layers=layer_results(variant.params, variant.quant),
+    )
+
+
+def _name(pipe: Pipeline) -> str:
+    return (pipe.source and pipe.source.name) or "a denoiser of your own"
+
+
+def _is_zoo(pipe: Pipeline) -> bool:
+    return _name(pipe) in zoo.names() and pipe.shape == (32, 32, 1)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"CPU ({os.cpu_count()} cores, {platform.machine()})"
+
+
+def _sampler_words(pipe: Pipeline, steps: int, guidance_scale: float | None, eta: float) -> str:
+    words = f"{type(pipe.sampler).__name__}, {steps} steps"
+    if guidance_scale not in (None, 1, 1.0):
+        words += f", guidance {guidance_scale:g}"
+    return words + (f", eta {eta:g}" if eta else "")
+
+
+def _label_words(pipe: Pipeline, labels: Sequence[int] | None, count: int) -> tuple[str, ...]:
+    if labels is None:
+        return ()
+    if _is_zoo(pipe):
+        return tuple((*CLASSES, "no class")[label] for label in labels[:count])
+    return tuple(f"class {label}" for label in labels[:count])

@@ -1,0 +1,294 @@
+"""load, quantize, plan and compare: one model through all of them, and a stranger's."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import qjax
+from qjax import api, recipes, report_judge, zoo
+from qjax.core.config import QuantConfig, WeightSpec
+from qjax.core.qtensor import is_qtensor
+from qjax.models.samplers import DDIM, DDPM
+from qjax.report_layers import how_quantized, layer_results
+from qjax.timing import Phases, interleaved
+
+MODEL = "fashion-dit"
+QUICK = {"num_images": 2, "steps": 1, "repeats": 0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return qjax.load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def qpipe(pipe):
+    return qjax.quantize(pipe, recipes.w8a8())
+
+
+def leaves(params):
+    return jax.tree.leaves(params, is_leaf=is_qtensor)
+
+
+def copy_of_the_model(folder):
+    return shutil.copytree(zoo.FOLDER / MODEL, folder)
+
+
+def test_shipped_models_are_listed_and_the_classifier_is_none_of_them():
+    assert MODEL in qjax.zoo_names()
+    assert "fashion-features" not in qjax.zoo_names()
+
+
+def test_a_folder_is_loaded_as_what_it_is(pipe, tmp_path):
+    from_folder = qjax.load(copy_of_the_model(tmp_path / "mine"))
+    assert from_folder.source.name == "mine"
+    assert dict(from_folder.source.config) == dict(pipe.source.config)
+    jax.tree.map(np.testing.assert_array_equal, from_folder.params, pipe.params)
+
+
+def test_loading_again_reuses_the_compiled_program(pipe):
+    assert qjax.load(MODEL).apply == pipe.apply
+
+
+def test_a_name_that_is_nothing_names_what_there_is():
+    with pytest.raises(FileNotFoundError, match=f"no model of the zoo.*{MODEL}.*no local folder"):
+        qjax.load("fashion-dot")
+
+
+def test_a_hub_id_is_downloaded_and_keeps_its_name(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repository, *, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(copy_of_the_model(tmp_path / "snapshot"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert qjax.load("somebody/a-model").source.name == "somebody/a-model"
+    assert asked[0][0] == "somebody/a-model"
+    assert not any(pattern.endswith((".bin", ".ckpt", "*")) for pattern in asked[0][1])
+
+
+@pytest.mark.parametrize("error", [OSError("no network\nat all"), ValueError("bad name")])
+def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch, error):
+    def snapshot_download(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match="no local folder, and the Hugging Face hub") as got:
+        qjax.load("somebody/a-model")
+    assert "\n" not in str(got.value)
+
+
+def test_a_folder_named_like_a_shipped_model_is_not_taken_in_silence(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    copy_of_the_model(tmp_path / MODEL)
+    with pytest.warns(UserWarning, match="the folder of that name is ./fashion-dit"):
+        assert api.locate(MODEL)[0] == zoo.FOLDER / MODEL
+    assert api.locate(f"./{MODEL}")[0].resolve() == tmp_path / MODEL
+
+
+def test_a_plan_needs_no_weights(pipe):
+    recipe = recipes.w4a8()
+    assert qjax.plan(api.shapes(MODEL), recipe) == qjax.plan(pipe, recipe)
+
+
+def test_quantizing_while_loading_gives_the_same_bits(qpipe):
+    streamed = qjax.load(MODEL, quantize=recipes.w8a8())
+    jax.tree.map(np.testing.assert_array_equal, streamed.params, qpipe.params)
+    assert (streamed.method, streamed.quant) == (qpipe.method, qpipe.quant)
+
+
+def test_quantizing_changes_nothing_of_the_float_pipeline(pipe, qpipe):
+    assert any(map(is_qtensor, leaves(qpipe.params)))
+    assert not any(map(is_qtensor, leaves(pipe.params)))
+    assert pipe.quant is None
+
+
+def test_stages_that_are_left_out_are_named(pipe):
+    @dataclasses.dataclass(frozen=True)
+    class Polish:
+        def run(self, state, key):
+            return state
+
+    recipe = dataclasses.replace(recipes.w8a8(), stages=(Polish(),))
+    with pytest.warns(UserWarning, match="leaves out the stages Polish"):
+        qjax.quantize(pipe, recipe)
+
+
+def test_every_leaf_left_in_float_has_its_reason(qpipe):
+    reasons = {layer.path: layer.reason for layer in layer_results(qpipe.params, qpipe.quant)}
+    assert "next to the pixels" in reasons["patch_embed/kernel"]
+    assert reasons["blocks_0/mlp/fc1/bias"] == "not a layer's kernel"
+    assert reasons["blocks_0/mlp/fc1/kernel"] == ""
+
+
+def test_formats_are_said_in_words(pipe, qpipe):
+    assert how_quantized(pipe.params) == "not quantized"
+    assert how_quantized(qpipe.params) == (
+        "8-bit weights (one scale per channel), 8-bit activations"
+    )
+
+
+def test_a_model_compared_with_itself_differs_in_nothing(pipe):
+    report = qjax.compare(pipe, pipe, **QUICK)
+    (variant,) = report.variants
+    assert np.isposinf(variant.psnr).all()
+    assert not variant.error_per_step.any()
+    assert variant.timing is None
+    assert variant.agreement.value == variant.agreement.value_float
+    assert variant.distances[0].value == variant.distances[0].value_float
+
+
+def test_compare_measures_and_writes_a_page_and_a_grid(pipe, qpipe, tmp_path):
+    told = []
+    report = qjax.compare(
+        pipe,
+        {"w8a8": qpipe},
+        labels=[1, 7, 9],
+        steps=2,
+        guidance_scale=2.0,
+        repeats=1,
+        out=tmp_path / "new" / "report.html",
+        on_progress=lambda *said: told.append(said),
+    )
+    (variant,) = report.variants
+    assert report.labels == ("trouser", "sneaker", "ankle boot")
+    assert len(variant.psnr) == 3 and (variant.psnr > 20).all()
+    assert variant.error_per_step.shape == (2,)
+    assert variant.timing.batch == 3 and variant.timing.seconds_float > 0
+    assert report.bytes_float / variant.bytes_quantized > 1.8
+    assert "guidance 2" in report.sampler
+    assert any("two halves of the real test set" in note for note in report.notes)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        "report.html",
+        "report.png",
+    ]
+    done, total = zip(*[said[:2] for said in told], strict=True)
+    assert list(done) == sorted(done) and set(total) == {done[-1]}
+
+
+def test_labels_are_all_classes_in_turn_and_may_be_the_null_class(pipe, qpipe):
+    assert qjax.compare(pipe, qpipe, **QUICK).labels == ("T-shirt", "trouser")
+    report = qjax.compare(pipe, qpipe, labels=[10, 3], steps=1, repeats=0)
+    assert report.labels == ("no class", "dress")
+
+
+def test_labels_must_be_one_an_image(pipe, qpipe):
+    with pytest.raises(ValueError, match="one an image; got 2 labels for num_images=5"):
+        qjax.compare(pipe, qpipe, labels=[1, 2], num_images=5)
+
+
+def test_pipelines_that_cannot_be_compared_are_named_before_anything_is_drawn(pipe, qpipe):
+    with pytest.raises(ValueError, match="ddpm has sampler DDPM.*instead of DDIM"):
+        qjax.compare(pipe, {"ddpm": qpipe.replace(sampler=DDPM())})
+    with pytest.raises(ValueError, match=r"small has shape \(16, 16, 1\) instead of"):
+        qjax.compare(pipe, {"small": qpipe.replace(shape=(16, 16, 1))})
+    with pytest.raises(ValueError, match="pictures of 1 or 3 channels; got samples of 4"):
+        latent = pipe.replace(shape=(32, 32, 4))
+        qjax.compare(latent, latent)
+    with pytest.raises(ValueError, match="at least one quantized pipeline"):
+        qjax.compare(pipe, {})
+
+
+def test_a_page_that_is_no_page_is_refused_before_anything_is_drawn(pipe, qpipe, tmp_path):
+    with pytest.raises(ValueError, match="ends in .html"):
+        qjax.compare(pipe, qpipe, out=tmp_path / "report.png")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_model_is_reported_as_broken(pipe):
+    broken = pipe.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, pipe.params))
+    (variant,) = qjax.compare(pipe, broken, **QUICK).variants
+    assert np.isnan(variant.psnr).all()
+    assert variant.distances == ()
+
+
+def test_one_picture_has_no_distance(pipe, qpipe):
+    report = qjax.compare(pipe, qpipe, num_images=1, steps=1, repeats=0)
+    assert report.variants[0].distances == ()
+    assert "real draws" not in " ".join(report.notes)
+
+
+def test_few_pictures_are_far_from_the_real_ones_by_their_number_alone():
+    few, many = (report_judge.distance_of_real_draws(n) for n in (16, 256))
+    assert few > 2 * many > 0
+
+
+class Stranger(nn.Module):
+    """Somebody's denoiser: plain Flax layers, an embedding of the class, attention."""
+
+    @nn.compact
+    def __call__(self, x, t, labels):
+        b, h, w, c = x.shape
+        wave = jnp.sin(t.astype(jnp.float32)[:, None] / 1000.0 * jnp.arange(1.0, 17.0))
+        e = nn.Dense(16)(wave) + nn.Embed(4, 16)(labels)
+        y = nn.Conv(16, (3, 3))(x) + e[:, None, None, :]
+        y = nn.MultiHeadDotProductAttention(num_heads=2)(y.reshape(b, h * w, 16))
+        return nn.Conv(c, (3, 3))(nn.silu(y.reshape(b, h, w, 16)))
+
+
+@pytest.fixture(scope="module")
+def stranger():
+    model = Stranger()
+    x, one = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1,), jnp.int32)
+    params = model.init(jax.random.key(1), x, one, one)["params"]
+    return qjax.Pipeline.from_apply(
+        model.apply, params, DDIM(), (16, 16, 3), null_label=3, num_labels=3
+    )
+
+
+def test_a_strangers_denoiser_is_quantized_sampled_and_compared(stranger, tmp_path):
+    config = QuantConfig(weight=WeightSpec(bits=8))
+    qparams = qjax.quantize(stranger.params, config)
+    assert any(map(is_qtensor, leaves(qparams)))
+    quantized = stranger.replace(params=qparams)
+    images = quantized(labels=[0, 2], steps=2, guidance_scale=1.5, key=jax.random.key(0))
+    assert images.shape == (2, 16, 16, 3)
+
+    out = tmp_path / "report.html"
+    report = qjax.compare(
+        stranger, quantized, num_images=4, steps=2, guidance_scale=1.5, repeats=1, out=out
+    )
+    (variant,) = report.variants
+    assert report.labels == ("class 0", "class 1", "class 2", "class 0")
+    assert (variant.psnr > 30).all()
+    assert variant.distances == () and variant.agreement is None
+    assert "a denoiser of your own" in out.read_text()
+    same = qjax.quantize(stranger, config)
+    jax.tree.map(np.testing.assert_array_equal, same.params, qparams)
+
+
+def test_a_stranger_cannot_be_saved_and_the_error_says_what_can(stranger, tmp_path):
+    with pytest.raises(ValueError, match="which network it runs.*qjax.core.serialize.save"):
+        stranger.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_candidates_are_timed_in_turn():
+    order = []
+
+    def call(name):
+        order.append(name)
+        return jnp.zeros(())
+
+    calls = {name: (lambda name=name: call(name)) for name in "ab"}
+    seconds = interleaved(calls, rounds=3, min_seconds=0, warm=True)
+    assert order == list("ababab")
+    assert set(seconds) == {"a", "b"}
+
+
+def test_phases_add_up_by_name():
+    phases = Phases()
+    with phases.follow() as begin:
+        begin("draw")
+        begin("time")
+        begin("draw")
+    with phases.count("pages"):
+        pass
+    assert list(phases.seconds) == ["draw", "time", "pages"]
+    assert sum(phases.seconds.values()) <= phases.total
