@@ -93,7 +93,7 @@ class Recipe:
 def _is_stage(stage: Any) -> bool:
     if isinstance(stage, type) or not isinstance(stage, Stage):
         return False
-    return dataclasses.is_dataclass(stage) and stage.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return dataclasses.is_dataclass(stage) and stage.__dataclass_params__.frozen
 
 
 def quant_config(recipe: Recipe | QuantConfig) -> QuantConfig:

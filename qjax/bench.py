@@ -187,7 +187,7 @@ def _call_of(layer: Dense | Conv, x: Array) -> LayerCall:
 
 
 def _inputs(pipe: Pipeline, batch: int) -> tuple[Array, Array, Array | None]:
-    x = jax.random.normal(jax.random.key(0), (batch, *pipe.shape), jnp.float32)
+    x = _normal((batch, *pipe.shape))
     t = jnp.full((batch,), int(pipe.sampler.timesteps(2)[0]), jnp.int32)
     labels = None
     if pipe.num_labels:
@@ -195,6 +195,11 @@ def _inputs(pipe: Pipeline, batch: int) -> tuple[Array, Array, Array | None]:
     elif pipe.null_label is not None:
         labels = jnp.full((batch,), pipe.null_label, jnp.int32)
     return x, t, labels
+
+
+def _normal(shape: tuple[int, ...]) -> Array:
+    # NumPy's, because JAX would compile a program for every shape.
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
 def _signature(call: LayerCall, kernel: Any) -> Any:
@@ -207,7 +212,7 @@ def _signature(call: LayerCall, kernel: Any) -> Any:
 
 def _time_layer(same: list[LayerCall], kernel: Any, low_bit: Any, rounds: int) -> LayerTime:
     call = same[0]
-    x = jax.random.normal(jax.random.key(1), call.input_shape, jnp.float32).astype(call.dtype)
+    x = _normal(call.input_shape).astype(call.dtype)
     run = jax.jit(call.run)
     calls = {"float": functools.partial(run, x, jnp.asarray(kernel))}
     if is_qtensor(low_bit):

@@ -40,12 +40,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; `{self.prog} --help` shows what there is.")
 
 
+def _layout(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=28)
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="qjax",
         description="Quantize diffusion models after training and run them at low bits in JAX.",
         epilog="`qjax COMMAND --help` shows the options of a command. Start with `qjax demo`.",
         allow_abbrev=False,
+        formatter_class=_layout,
     )
     parser.add_argument("--version", action="version", version=f"qjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -64,6 +69,7 @@ def _parser() -> _Parser:
             description=f"{command.help[0].upper()}{command.help[1:]}.",
             epilog=words,
             allow_abbrev=False,
+            formatter_class=_layout,
         )
         add_options(child, command)
         child.add_argument("--config", metavar="FILE.yaml", help="options, by name")

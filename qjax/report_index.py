@@ -16,8 +16,9 @@ from qjax.report_pictures import data_uri, picture
 from qjax.report_style import CSS
 
 STRIPS = """
+a { color: var(--link); }
 .strips { display: grid; gap: 6px 12px; grid-template-columns: auto 1fr; align-items: center;
-  margin-top: 14px; font-size: 0.9rem; }
+  margin: 14px 0; font-size: 0.9rem; }
 .strips img { display: block; width: 100%; max-width: 640px; border-radius: 6px; }
 main > section { margin-top: 28px; }
 """

@@ -208,10 +208,11 @@ def test_a_broken_model_is_reported_as_broken(pipe):
     assert variant.distances == ()
 
 
-def test_one_picture_has_no_distance(pipe, qpipe):
-    report = qjax.compare(pipe, qpipe, num_images=1, steps=1, repeats=0)
-    assert report.variants[0].distances == ()
-    assert "real draws" not in " ".join(report.notes)
+def test_one_picture_has_no_distance():
+    one = np.zeros((1, 32, 32, 1), np.float32)
+    assert report_judge.feature_distances(one, one) == ()
+    (note,) = report_judge.notes(1)
+    assert "draws" not in note
 
 
 def test_few_pictures_are_far_from_the_real_ones_by_their_number_alone():
@@ -236,7 +237,7 @@ class Stranger(nn.Module):
 def stranger():
     model = Stranger()
     x, one = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1,), jnp.int32)
-    params = model.init(jax.random.key(1), x, one, one)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x, one, one)["params"]
     return qjax.Pipeline.from_apply(
         model.apply, params, DDIM(), (16, 16, 3), null_label=3, num_labels=3
     )
@@ -247,16 +248,13 @@ def test_a_strangers_denoiser_is_quantized_sampled_and_compared(stranger, tmp_pa
     qparams = qjax.quantize(stranger.params, config)
     assert any(map(is_qtensor, leaves(qparams)))
     quantized = stranger.replace(params=qparams)
-    images = quantized(labels=[0, 2], steps=2, guidance_scale=1.5, key=jax.random.key(0))
-    assert images.shape == (2, 16, 16, 3)
-
     out = tmp_path / "report.html"
     report = qjax.compare(
         stranger, quantized, num_images=4, steps=2, guidance_scale=1.5, repeats=1, out=out
     )
     (variant,) = report.variants
     assert report.labels == ("class 0", "class 1", "class 2", "class 0")
-    assert (variant.psnr > 30).all()
+    assert variant.images.shape == (4, 16, 16, 3) and (variant.psnr > 30).all()
     assert variant.distances == () and variant.agreement is None
     assert "a denoiser of your own" in out.read_text()
     same = qjax.quantize(stranger, config)

@@ -3,11 +3,13 @@
 Everything runs in this process, on one shipped model, with one or two steps and pictures.
 """
 
+import dataclasses
 import json
 import shlex
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -15,8 +17,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import qjax
-from qjax import cli, demo, doctor, zoo
+from qjax import cli, cli_machine, demo, doctor, recipes, zoo
+from qjax.bench import Benchmark, LayerCall, LayerTime, what_runs
 from qjax.cli_options import Command, Option, apply_quant, resolve, whole
+from qjax.core.quantize import quantize_leaf
 from qjax.models.convert import to_checkpoint
 from qjax.models.dit import DiT, DiTConfig
 from qjax.models.dit_keys import original_keys
@@ -398,14 +402,12 @@ def test_calibrate_saves_resumes_and_keeps_to_its_run(run, tmp_path):
 
 
 def test_bench_times_every_layer_and_calls_slower_what_is_slower(run, saved):
-    words = ("bench", saved, "--batch", "1", "--rounds", "1")
-    result = run(*words)
+    result = run("bench", saved, "--batch", "1", "--rounds", "1", "--json")
+    data = json.loads(result.out)
     assert (result.status, result.err) == (0, "")
-    assert "blocks_0/mlp/fc1 and 5 alike" in result.out
-    data = json.loads(run(*words, "--json").out)
     paths = [path for layer in data["layers"] for path in layer["paths"]]
     low_bit = [layer for layer in data["layers"] if layer["seconds_low_bit"] is not None]
-    assert len(paths) == len(set(paths)) == 36
+    assert len(paths) == len(set(paths)) == 35
     assert sum(len(layer["paths"]) for layer in low_bit) == 31
     assert {layer["ran"] for layer in low_bit} == {"xla, int8 matmul"}
     assert all(layer["ran"] == "float" for layer in data["layers"] if layer not in low_bit)
@@ -414,11 +416,45 @@ def test_bench_times_every_layer_and_calls_slower_what_is_slower(run, saved):
     assert data["step"]["ratio"] > 0
 
 
-def test_bench_of_a_float_model_says_what_weight_only_layers_do(run):
-    words = ("bench", MODEL, "--recipe", "w4a16", "--batch", "1", "--rounds", "1", "--json")
-    data = json.loads(run(*words).out)
-    assert data["recipe"] == "w4a16"
-    assert "xla, float matmul on unpacked weights" in {layer["ran"] for layer in data["layers"]}
+def test_bench_says_slower_in_words():
+    layer = LayerTime(
+        paths=("a/kernel", "b/kernel"),
+        kind="dense",
+        shape=(8, 4),
+        input_shape=(1, 8),
+        ran="xla, int8 matmul",
+        seconds_float=1e-3,
+        seconds_low_bit=2e-3,
+    )
+    row = [str(cell) for cell in cli_machine._row(layer)]
+    assert row == ["a and 1 alike", "8x4", *row[2:5], "2.0x", "slower"]
+    kept = dataclasses.replace(layer, ran="float", seconds_low_bit=None)
+    found = Benchmark(layers=(layer, kept), step_float=1.0, step_low_bit=1.5, batch=1, rounds=3)
+    verdict = cli_machine._verdict(found)
+    assert "1.50 times the float step: slower." in verdict
+    assert "2 of 2 low-bit layers are slower" in verdict
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernel", "ran"),
+    [
+        ("w8a8", (64, 32), "xla, int8 matmul"),
+        ("w4a16", (64, 32), "xla, float matmul on unpacked weights"),
+        ("w8a8", (3, 3, 16, 8), "xla, int8 matmul of patches"),
+        ("w8a8", (3, 3, 128, 8), "xla, int8 matmul per tap"),
+        ("w4a16", (3, 3, 16, 8), "xla, float convolution on unpacked weights"),
+    ],
+)
+def test_bench_reads_off_the_program_what_runs(recipe, kernel, ran):
+    x = jnp.ones((1, 8, 8, kernel[-2]))
+    kind, padding = ("conv", "SAME") if len(kernel) == 4 else ("dense", None)
+    call = LayerCall(
+        path="layer/kernel", kind=kind, shape=kernel, input_shape=x.shape, dtype=x.dtype,
+        padding=padding,
+    )  # fmt: skip
+    low_bit = quantize_leaf("layer/kernel", jnp.ones(kernel), recipes.by_name(recipe).quant)
+    assert what_runs(call, low_bit, x) == ran
+    assert what_runs(call, jnp.ones(kernel), x) == "float"
 
 
 def test_doctor_says_a_sentence_about_each_thing(run):
@@ -462,13 +498,15 @@ def test_convert_writes_what_it_has_read(run, tmp_path):
     assert half["dtypes"] == {"bfloat16": 71}
 
 
-def test_convert_reads_the_layout_of_dits_authors(run, tmp_path, key):
+def test_convert_reads_the_layout_of_dits_authors(run, tmp_path):
     config = DiTConfig(
         sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, num_heads=2,
         head_dim=8, num_classes=5, norm_eps=1e-6, freq_shift=0,
     )  # fmt: skip
-    x, one = np.zeros((1, 8, 8, 4), np.float32), np.zeros((1,), np.int32)
-    params = DiT(config).init(key, x, one, one)["params"]
+    one, rng = np.zeros((1,), np.int32), np.random.default_rng(0)
+    x, key = np.zeros((1, 8, 8, 4), np.float32), jax.random.key(0)
+    shapes = jax.eval_shape(DiT(config).init, key, x, one, one)["params"]
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
     tensors = to_checkpoint(params, original_keys(config))
     tensors["pos_embed"] = np.zeros((1, 16, 16), np.float32)
     source, out = tmp_path / "authors.safetensors", tmp_path / "out"

@@ -272,6 +272,15 @@ def test_the_python_in_the_readme_parses_and_names_what_exists():
                     target = getattr(target, part)
 
 
+@pytest.mark.slow
+def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (language, body), *_ = code_blocks(section("Ten lines"))
+    assert language == "python"
+    exec(body, {})
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
 def documents() -> list[Path]:
     return [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
@@ -314,7 +323,9 @@ def test_no_file_knows_the_machine_it_was_written_on():
 
 def test_nobody_is_told_to_install_the_strangers_package():
     """The name `qjax` on PyPI belongs to an unrelated project."""
-    install = re.compile(r"install\s+(?:-\S+\s+)*[\"']?qjax(?![\w-])")
+    install = re.compile(
+        r"(?:pip3?|pipx|uv|conda)\s+(?:install|add)\s+(?:-\S+\s+)*[\"']?qjax(?![\w-])"
+    )
     named = re.compile(r"(?i)never|not\b|unrelated|stranger")
     found = [
         f"{path.relative_to(REPOSITORY)}: {line.strip()}"

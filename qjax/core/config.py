@@ -190,14 +190,14 @@ class QuantConfig:
         """Write `to_dict` as YAML."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> "QuantConfig":
         """Read what `to_yaml` wrote, or a file written by hand."""
         import yaml
 
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"{path} must hold a mapping; got {type(data).__name__}.")
         return cls.from_dict(data)

@@ -252,5 +252,6 @@ def _act(path: str, act: Any) -> ActSpec | None:
 
 
 def array_digest(array: np.ndarray) -> str:
+    """SHA-256 over the dtype, the shape and the bytes of an array."""
     head = f"{array.dtype.name}{list(array.shape)}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -30,6 +30,7 @@ from qjax.kernels import packing
 
 Layout = Literal["native", "packed"]
 
+# The fields in the order of the constructor.
 _ARRAYS = ("qvalue", "scale", "zero_point")
 _STATIC = ("bits", "axis", "block", "pad", "layout", "dtype_name", "act")
 
@@ -153,15 +154,27 @@ def register(cls: type) -> type:
     static fields; it is read into a target of the same static fields only, since a tree that
     was quantized in another way is another model.
     """
-    jax.tree_util.register_dataclass(cls, data_fields=list(_ARRAYS), meta_fields=list(_STATIC))
+    keys = [jax.tree_util.GetAttrKey(name) for name in _ARRAYS]
+
+    def children(q):
+        return tuple(getattr(q, name) for name in _ARRAYS), tuple(getattr(q, n) for n in _STATIC)
+
+    def children_with_keys(q):
+        arrays, static = children(q)
+        return tuple(zip(keys, arrays, strict=True)), static
+
+    def build(static, arrays):
+        return cls(*arrays, *static)
+
+    # Not `register_dataclass`: from JAX 0.10 on, structures of two classes registered so are
+    # equal where their static fields are, and a box would pass for the QTensor in it.
+    jax.tree_util.register_pytree_with_keys(cls, children_with_keys, build, children)
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"qjax.{cls.__name__}",
         serialize_auxdata=lambda static: _dump(static).encode(),
         deserialize_auxdata=lambda data: _load(data.decode()),
-        from_children=lambda static, arrays: cls(
-            **dict(zip(_ARRAYS, arrays, strict=True)), **dict(zip(_STATIC, static, strict=True))
-        ),
+        from_children=build,
     )
     serialization.register_serialization_state(cls, _to_state, _from_state)
     return cls

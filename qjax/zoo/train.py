@@ -66,8 +66,8 @@ class TrainConfig:
 
 RUNS = {
     "fashion-dit": TrainConfig(steps=4500, learning_rate=1.5e-3),
-    "fashion-unet": TrainConfig(steps=5000, batch=64),
-    "fashion-features": TrainConfig(steps=4500, learning_rate=2e-3, ema=0.998),
+    "fashion-unet": TrainConfig(steps=2500, batch=64),
+    "fashion-features": TrainConfig(steps=3000, learning_rate=2e-3, ema=0.998),
 }
 
 
@@ -153,8 +153,9 @@ def train(
     images, labels = (jnp.asarray(a) for a in fashion_mnist("train", folder=folder))
     key = jax.random.key(config.seed)
     if name == "fashion-features":
-        model: nn.Module = FeatureNet(FeatureNetConfig())
-        loss = classifier_loss(model)
+        classifier = FeatureNet(FeatureNetConfig())
+        model: nn.Module = classifier
+        loss = classifier_loss(classifier)
         params = model.init(key, to_float(images[:1]))["params"]
     else:
         model = build(name)
