@@ -4,7 +4,7 @@
 
 Needs `pip install "jax[tpu]"` for libtpu, whose compiler runs on a CPU host. Nothing is
 executed and no weights exist: params are shapes, quantized as `quantize` quantizes shapes.
-A step is the guided prediction of `--batch` images, twice as many through the network, and
+A step is the guided prediction of a batch of images, twice as many through the network, and
 the update of DDIM. HBM is what the compiler says the program holds: arguments, results (less
 those that share memory with arguments) and temporaries. Results go to
 `benchmarks/results/tpu_compile.json`.
@@ -101,23 +101,31 @@ def main() -> None:
     """Compile every variant and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5e:2x2", help="one device of it is used")
-    parser.add_argument("--batch", type=int, default=8, help="images; twice as many are computed")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="images; guidance computes twice as many",
+    )
     parser.add_argument("--only", nargs="*", help="settings, by name; all of them by default")
     parser.add_argument("--out", type=Path, help="where to write, instead of results/")
     args = parser.parse_args()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
-    device = topology.devices[0]
     config = DiTConfig.dit_xl_2()
     rows: list[dict[str, Any]] = []
-    for name, params in variants(config).items():
-        if args.only and name not in args.only:
-            continue
-        found = compile_step(params, config, args.batch, device)
-        row = {"setting": name, "target": device.device_kind, "batch": args.batch}
-        row |= {"params_bytes": tree_bytes(params), **found}
-        row["hbm_over_bf16"] = found["hbm_bytes"] / (rows or [found])[0]["hbm_bytes"]
-        rows.append(row)
-        print(_timing.table([row]), flush=True)
+    for batch in args.batch:
+        of_bf16 = None
+        for name, params in variants(config).items():
+            if args.only and name not in args.only:
+                continue
+            found = compile_step(params, config, batch, topology.devices[0])
+            of_bf16 = found["hbm_bytes"] if name == "bf16" else of_bf16
+            row = {"setting": name, "target": topology.devices[0].device_kind, "batch": batch}
+            row |= {"params_bytes": tree_bytes(params), **found}
+            row["hbm_over_bf16"] = of_bf16 and found["hbm_bytes"] / of_bf16
+            rows.append(row)
+            print(_timing.table([row]), flush=True)
     _timing.write("tpu_compile", rows, out=args.out)
 
 

@@ -1,17 +1,21 @@
 """Low-bit convolution as matmuls of int8 patches, in plain XLA.
 
 A convolution is the matmul of its patches, `[b, h, w, taps * i]`, with its kernel read as
-`[taps * i, o]`. Patches of int8 codes cost a quarter of the memory of float ones. Two forms
+`[taps * i, o]`. Patches of int8 codes cost a quarter of the memory of float ones. Three forms
 give the same integers:
 
-- `im2col` gathers all taps side by side and does one matmul;
-- `shifted` adds up one matmul per tap, of the shifted image, and gathers nothing.
+- `im2col` gathers all taps side by side, for one matmul;
+- `shifted_dots` adds up one matmul per tap, of the shifted image, and gathers nothing;
+- `float_dots` is the float convolution of the integers, exact while sums stay below 2**24.
 
-XLA's own int8 convolution is slower than both on a CPU and weak on GPUs (jax#7637).
+XLA's own int8 convolution is no faster than they are on a CPU, six times slower with few
+channels, and weak on GPUs (jax#7637).
 
 With float activations the weights are what must not grow: `weight_conv_xla` dequantizes one
 tap at a time.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +25,9 @@ from qjax.kernels.packing import Format
 from qjax.kernels.quant_matmul_xla import weight_matmul_xla
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# Dimension numbers of `lax.conv_general_dilated`.
+IMAGE = ("NHWC", "HWIO", "NHWC")
 
 
 def explicit_padding(
@@ -76,17 +83,41 @@ def im2col(
 
 
 def shifted_dots(
-    x: Int[Array, "b h w i"], q: Int[Array, "kh kw i o"], strides: int
+    x: Int[Array, "b h w i"], q: Array, strides: int, fmt: Format
 ) -> Int[Array, "b h2 w2 o"]:
-    """The integer convolution of a padded image as one matmul per tap, summed in int32."""
-    height, width, i, o = q.shape
-    total = None
-    for view, weights in zip(taps(x, (height, width), strides), q.reshape(-1, i, o), strict=True):
-        dot = lax.dot_general(
-            view, weights, (((3,), (0,)), ((), ())), preferred_element_type=jnp.int32
-        )
-        total = dot if total is None else total + dot
-    return total
+    """The integer convolution of a padded image as one matmul per tap, summed in int32.
+
+    Args:
+      x: Codes of the padded image, int8.
+      q: Weight codes `[kh, kw, ., o]` as `fmt` stores them along the axis before the last;
+        a tap is unpacked when its turn comes.
+      strides: Step between output pixels.
+      fmt: Storage of `q`.
+    """
+
+    def tap(view, at):
+        codes = fmt.decode(at(q))[: x.shape[3]]
+        return jnp.matmul(view, codes, preferred_element_type=jnp.int32)
+
+    return _sum_of_taps(tap, x, q.shape, strides, jnp.int32)
+
+
+def float_dots(
+    x: Int[Array, "b h w i"], q: Int[Array, "kh kw i o"], strides: int
+) -> Float[Array, "b h2 w2 o"]:
+    """The integer convolution of a padded image by the float32 convolution of a CPU.
+
+    The same integers, as long as no partial sum reaches 2**24 (`float_dots_are_exact`).
+    Accelerators round the operands of float32 convolutions, so this is not for them.
+    """
+    x, q = x.astype(jnp.float32), q.astype(jnp.float32)
+    valid = ((0, 0), (0, 0))
+    return lax.conv_general_dilated(x, q, (strides, strides), valid, dimension_numbers=IMAGE)
+
+
+def float_dots_are_exact(terms: int, bits: int) -> bool:
+    """Whether sums of `terms` products of 8-bit codes and `bits`-bit codes fit a float32."""
+    return terms * 2**7 * 2 ** (bits - 1) <= 2**24
 
 
 def weight_conv_xla(
@@ -111,25 +142,41 @@ def weight_conv_xla(
       strides: Step between output pixels.
       fmt: Storage of `q`.
     """
-    kh, kw = q.shape[:2]
+
+    def tap(view, at):
+        parts = (at(array) for array in (q, w_scale, w_zero))
+        return weight_matmul_xla(view, *parts, fmt=fmt, dtype=jnp.float32)
+
+    return _sum_of_taps(tap, x, q.shape, strides, jnp.float32).astype(x.dtype)
+
+
+def _sum_of_taps(
+    tap: Callable[..., Array],
+    x: Array,
+    kernel: tuple[int, ...],
+    strides: int,
+    dtype: jnp.dtype,
+) -> Shaped[Array, "b h2 w2 o"]:
+    """The sum of `tap(view, at)` over the taps of a kernel `[kh, kw, ., o]`, in a loop.
+
+    `view` `[b * h2 * w2, i]` is the image as the tap sees it; `at` picks the tap's part of an
+    array `[kh, kw, ., .]`, or the shared one of `[1, 1, ., .]`.
+    """
+    kh, kw, _, o = kernel
     b, h, w, i = x.shape
     h2, w2 = (h - kh) // strides + 1, (w - kw) // strides + 1
     window = (b, (h2 - 1) * strides + 1, (w2 - 1) * strides + 1, i)
 
-    def at(array: Array | None, row: int | Array, column: int | Array) -> Array | None:
-        if array is None:
-            return None
-        shared = array.shape[:2] == (1, 1)
-        start = (0, 0) if shared else (row % array.shape[0], column % array.shape[1])
-        return lax.dynamic_slice(array, (*start, 0, 0), (1, 1, *array.shape[2:]))[0, 0]
-
-    def add_tap(tap, total):
-        row, column = tap // kw, tap % kw
+    def add_tap(index, total):
+        row, column = index // kw, index % kw
         view = lax.dynamic_slice(x, (0, row, column, 0), window)[:, ::strides, ::strides]
-        parts = (at(array, row, column) for array in (q, w_scale, w_zero))
-        flat = view.reshape(-1, i)
-        return total + weight_matmul_xla(flat, *parts, fmt=fmt, dtype=jnp.float32)
 
-    zeros = jnp.zeros((b * h2 * w2, q.shape[3]), jnp.float32)
-    total = lax.fori_loop(0, kh * kw, add_tap, zeros)
-    return total.reshape(b, h2, w2, -1).astype(x.dtype)
+        def at(array):
+            if array is None or array.shape[:2] == (1, 1):
+                return None if array is None else array[0, 0]
+            return lax.dynamic_slice(array, (row, column, 0, 0), (1, 1, *array.shape[2:]))[0, 0]
+
+        return total + tap(view.reshape(-1, i), at)
+
+    total = lax.fori_loop(0, kh * kw, add_tap, jnp.zeros((b * h2 * w2, o), dtype))
+    return total.reshape(b, h2, w2, o)

@@ -252,7 +252,7 @@ def _columns_by_group(array: Array | None, groups: int) -> Array | None:
 
 def _in_pieces(
     compute: Callable[..., Array],
-    weight: tuple[Array | None, ...],
+    weight: tuple[Array, Array, Array | None],
     rows: int,
     piece: int,
     dtype: jnp.dtype,

@@ -184,5 +184,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object.")  # noqa: TRY004, a file's fault
+        raise ValueError(f"{path} must hold a JSON object.")
     return data

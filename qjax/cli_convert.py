@@ -25,7 +25,7 @@ def convert(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             settings.out,
             dtype=None if settings.dtype is None else jnp.dtype(settings.dtype),
             num_heads=settings.heads,
-            on_tensor=lambda key, done, total: tell(done, total, key),
+            on_tensor=lambda key, done, total: tell(done, total, ""),
         )
     stored = ", ".join(f"{count} in {name}" for name, count in account.dtypes.items())
     disk = folder_bytes(settings.out)

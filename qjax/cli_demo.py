@@ -5,6 +5,7 @@ from typing import Any
 
 from qjax import demo as demo_
 from qjax import recipes, report
+from qjax.api import folder_bytes
 from qjax.cli_models import SEED
 from qjax.cli_options import Command, Option, path, switch, whole
 from qjax.cli_output import Output
@@ -39,8 +40,7 @@ def demo(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         table.add_row(*one.disk_row())
         output.say(table, *one.report.notes, "")
     spent = ", ".join(f"{name} {number_text(s, 2)} s" for name, s in phases.seconds.items())
-    first = shown[0]
-    example = first.folders[names[-1]]
+    example = min(shown[0].folders.values(), key=folder_bytes)
     output.say(
         f"index: {settings.out / demo_.INDEX}",
         *(f"{one.name}: {one.page} and {one.grid}" for one in shown),

@@ -46,9 +46,7 @@ OVERWRITE = Option(
 def load_model(model: str, output: Output, **options: Any) -> Pipeline:
     """`qjax.load` with a bar of the bytes read."""
     with output.progress(f"reading {model}") as tell:
-        return qjax.load(
-            model, on_tensor=lambda key, done, total: tell(done, total, key), **options
-        )
+        return qjax.load(model, on_tensor=lambda key, done, total: tell(done, total, ""), **options)
 
 
 def chosen_recipe(settings: SimpleNamespace, params: Params) -> Recipe:

@@ -183,10 +183,10 @@ def resolve(
     _merge(quant, filed.pop(QUANT, {}))
     said: dict[str, Any] = {}
     for word in rest:
+        if word.startswith("-"):
+            raise ValueError(_unknown(command, word.lstrip("-").partition("=")[0]))
         if not _OVERRIDE.match(word):
-            raise ValueError(
-                f"{word!r} is no option of {command.name}, and not of the form key=value."
-            )
+            raise ValueError(f"{word!r} is too many for {command.name}; settings are key=value.")
         key, _, raw = word.partition("=")
         value = _parse(key, raw)
         field = key.replace("-", "_")

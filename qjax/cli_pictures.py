@@ -190,6 +190,7 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             on_progress=tell,
         )
     output.say(report.summary_table(found), *found.notes)
+    output.say(*(f"{one.name}: {note}" for one in found.variants for note in one.notes))
     if settings.out is not None:
         output.say(f"page: {settings.out}", f"grid: {settings.out.with_suffix('.png')}")
     return as_dict(found) | {"out": settings.out}

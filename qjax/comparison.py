@@ -22,6 +22,7 @@ from qjax.core import metrics
 from qjax.core.quantize import tree_bytes
 from qjax.models.pipeline import Pipeline
 from qjax.models.sampling import to_images
+from qjax.models.saving import with_digest
 from qjax.report_data import ComparisonReport, Timing, VariantResult
 from qjax.report_layers import how_quantized, layer_results
 from qjax.timing import interleaved
@@ -72,7 +73,7 @@ def compare(
     variants = {"quantized": quantized} if isinstance(quantized, Pipeline) else dict(quantized)
     _check_comparable(pipe, variants, out)
     n, labels = _images_and_labels(pipe, num_images, labels)
-    settings = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
     settings |= {"labels": labels, "num_images": n, "key": jax.random.key(seed)}
     settings |= {"batch_size": min(BATCH, n)}
     total = 2 + len(variants) + repeats
@@ -91,7 +92,7 @@ def compare(
     timings = _time(
         pipe, variants, settings, repeats, lambda i: tell(first + i, f"speed, round {i + 1}")
     )
-    tell(total - 1, "numbers")
+    tell(total - 1, "judging")
     results = tuple(
         _result(pipe, name, variant, drawn[name], reference, timings.get(name), labels)
         for name, variant in variants.items()
@@ -241,7 +242,22 @@ def _result(
         distances=distances,
         agreement=agreement,
         layers=layer_results(variant.params, variant.quant),
+        notes=_origin(pipe, variant),
     )
+
+
+def _origin(pipe: Pipeline, variant: Pipeline) -> tuple[str, ...]:
+    """A remark where the variant remembers to be made from other weights."""
+    if pipe.source is None or variant.source is None or variant.source.sha256 is None:
+        return ()
+    ours = with_digest(pipe).sha256
+    if ours is None or ours == variant.source.sha256:
+        return ()
+    note = (
+        "It was made from other weights than those of the float model here, so what differs was "
+        "not caused by quantization alone."
+    )
+    return (note,)
 
 
 def _name(pipe: Pipeline) -> str:

@@ -23,26 +23,23 @@ def layer_results(params: Params, config: QuantConfig | None = None) -> tuple[La
     for path, leaf in leaves:
         shape = tuple(leaf.shape)
         size = 2 * math.prod(shape)
-        fields = {"path": path, "kind": _kind(path, len(shape)), "shape": shape}
-        if is_qtensor(leaf):
-            row = LayerResult(
-                **fields,
-                weight_bits=leaf.bits,
-                act_bits=leaf.act.bits if leaf.act else None,
-                group_size=leaf.group_size,
-                bytes_float=size,
-                bytes_quantized=leaf.nbytes_packed,
-            )
-        else:
+        low_bit = is_qtensor(leaf)
+        reason = ""
+        if not low_bit:
             reason = _why_float(path, config) if quantized else "the model is not quantized"
-            row = LayerResult(
-                **fields,
-                weight_bits=None,
+        rows.append(
+            LayerResult(
+                path=path,
+                kind=_kind(path, len(shape)),
+                shape=shape,
+                weight_bits=leaf.bits if low_bit else None,
+                act_bits=leaf.act.bits if low_bit and leaf.act else None,
+                group_size=leaf.group_size if low_bit else None,
                 bytes_float=size,
-                bytes_quantized=size,
+                bytes_quantized=leaf.nbytes_packed if low_bit else size,
                 reason=reason,
             )
-        rows.append(row)
+        )
     return tuple(rows)
 
 

@@ -201,6 +201,14 @@ def test_a_page_that_is_no_page_is_refused_before_anything_is_drawn(pipe, qpipe,
     assert not any(tmp_path.iterdir())
 
 
+def test_a_model_made_from_other_weights_is_told(pipe, qpipe):
+    other = pipe.replace(params=jax.tree.map(lambda leaf: leaf * 2.0, pipe.params))
+    (variant,) = qjax.compare(pipe, {"w8a8": qpipe}, **QUICK).variants
+    assert variant.notes == ()
+    (variant,) = qjax.compare(other, {"w8a8": qpipe}, **QUICK).variants
+    assert "made from other weights" in variant.notes[0]
+
+
 def test_a_broken_model_is_reported_as_broken(pipe):
     broken = pipe.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, pipe.params))
     (variant,) = qjax.compare(pipe, broken, **QUICK).variants

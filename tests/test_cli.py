@@ -5,7 +5,10 @@ Everything runs in this process, on one shipped model, with one or two steps and
 
 import dataclasses
 import json
+import re
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -135,8 +138,8 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(t
         (["quant.weight.bits=2", "quant.weight.bits=3"], "quant.weight.bits is given twice"),
         (["quant..bits=2"], "names with dots between them"),
         (["quant=4"], "quant must hold fields"),
-        (["--stepz", "3"], "'--stepz' is no option of toy"),
-        (["steps"], "not of the form key=value"),
+        (["--stepz", "3"], "no option 'stepz'.*Did you mean steps"),
+        (["steps"], "'steps' is too many for toy; settings are key=value"),
     ],
 )
 def test_a_word_that_cannot_be_meant_is_an_error(rest, message):
@@ -167,6 +170,12 @@ def test_changes_to_a_recipe_replace_fields_and_put_rules_first():
     assert base["weight"] == {"bits": 8}
 
 
+def test_it_runs_as_a_module():
+    words = [sys.executable, "-m", "qjax"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: qjax"), done.stderr
+
+
 # What goes wrong.
 
 BAD = {
@@ -174,7 +183,10 @@ BAD = {
     "no such model": (["plan", "nosuch", "--recipe", "w8a8"], "'nosuch' is no model of the zoo"),
     "no such recipe": (["plan", MODEL, "--recipe", "w9"], "one of w8a8, w4a16, w4a8; got 'w9'"),
     "no recipe": (["plan", MODEL], "--recipe is needed"),
-    "no such option": (["plan", MODEL, "--recipy", "w8a8"], "'--recipy' is no option"),
+    "no such option": (
+        ["plan", MODEL, "--recipy", "w8a8"],
+        "plan has no option 'recipy'; it has recipe",
+    ),
     "no such key": (["plan", MODEL, "--recipe", "w8a8", "bits=3"], "no option 'bits'"),
     "no such field": (["plan", MODEL, "--recipe", "w8a8", "quant.bits=3"], "no field bits"),
     "bits outside the set": (
@@ -440,9 +452,9 @@ def test_bench_says_slower_in_words():
     [
         ("w8a8", (64, 32), "xla, int8 matmul"),
         ("w4a16", (64, 32), "xla, float matmul on unpacked weights"),
-        ("w8a8", (3, 3, 16, 8), "xla, int8 matmul of patches"),
-        ("w8a8", (3, 3, 128, 8), "xla, int8 matmul per tap"),
-        ("w4a16", (3, 3, 16, 8), "xla, float convolution on unpacked weights"),
+        # Which form a convolution takes is for ops to choose, and may change with tuning.
+        ("w8a8", (3, 3, 16, 8), "xla, int8 matmul (of patches|per tap)"),
+        ("w4a16", (3, 3, 16, 8), "xla, float (convolution|matmul) on unpacked weights"),
     ],
 )
 def test_bench_reads_off_the_program_what_runs(recipe, kernel, ran):
@@ -453,7 +465,7 @@ def test_bench_reads_off_the_program_what_runs(recipe, kernel, ran):
         padding=padding,
     )  # fmt: skip
     low_bit = quantize_leaf("layer/kernel", jnp.ones(kernel), recipes.by_name(recipe).quant)
-    assert what_runs(call, low_bit, x) == ran
+    assert re.fullmatch(ran, what_runs(call, low_bit, x))
     assert what_runs(call, jnp.ones(kernel), x) == "float"
 
 
@@ -463,6 +475,7 @@ def test_doctor_says_a_sentence_about_each_thing(run):
     assert (result.status, result.err, data["wrong"]) == (0, "", 0)
     about = {finding["about"]: finding for finding in data["findings"]}
     assert about["int8 matmul, xla"]["grade"] == "ok"
+    assert "runs as xla, int8 matmul" in about["convolution"]["text"]
     assert MODEL in about["shipped models"]["text"]
     assert all(finding["text"].endswith(".") for finding in data["findings"])
 

@@ -20,8 +20,11 @@ from qjax.core.quantizers import Codes, quantize_activation
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_conv_xla import (
+    IMAGE,
     Padding,
     explicit_padding,
+    float_dots,
+    float_dots_are_exact,
     im2col,
     pad_image,
     shifted_dots,
@@ -33,7 +36,11 @@ from qjax.kernels.quant_matmul_xla import PIECE_VALUES
 
 Row = Mapping[str, Array]
 
-_IMAGE = ("NHWC", "HWIO", "NHWC")
+# Forms of a low-bit convolution by input channels, on a CPU (benchmarks/conv.py): one matmul
+# per tap is no slower than patches from here on, and gathers nothing; below the other number,
+# patches are too narrow for int8 matmuls, and float ones of the same integers twice as fast.
+SHIFT_FROM_CHANNELS = 640
+FLOAT_BELOW_CHANNELS = 32
 
 
 def choose_group_size(group_size: int | tuple[int | None, ...] | None, size: int) -> int | None:
@@ -129,7 +136,7 @@ def conv(
 
 
 def _float_conv(x, w, strides, pads):
-    return lax.conv_general_dilated(x, w, (strides, strides), pads, dimension_numbers=_IMAGE)
+    return lax.conv_general_dilated(x, w, (strides, strides), pads, dimension_numbers=IMAGE)
 
 
 def _low_bit_conv(strides, pads, x, w: QTensor, row):
@@ -137,29 +144,35 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
         return _weight_conv(strides, pads, x, w)
     kh, kw, i, o = w.shape
     p = _activation_codes(x, w.act, row, (-3, -2, -1))
-    codes = pad_image(p.codes, pads, p.zero_point)
-    shared = w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1
-    symmetric = w.zero_point is None and p.zero_point is None
-    if shared and symmetric and _prefer_shifts(kh * kw, i):
-        dots = shifted_dots(codes, w.codes(), strides)
+    # The barrier keeps XLA from rounding a pixel again for every tap that sees it.
+    codes = lax.optimization_barrier(pad_image(p.codes, pads, p.zero_point))
+
+    def by_patches(codes):
+        patches = im2col(codes, (kh, kw), strides)
+        *image, k = patches.shape
+
+        def per_row(array: Array | None) -> Array | None:
+            if array is None or array.size == 1:
+                return None if array is None else array.reshape(1, 1)
+            return jnp.broadcast_to(array, (*image, 1)).reshape(-1, 1)
+
+        x_parts = (patches.reshape(-1, k), per_row(p.scale), per_row(p.zero_point))
+        y = quant_matmul(*x_parts, *_as_matrix(w), fmt=_matrix_format(w))
+        return y.reshape(*image, o).astype(x.dtype)
+
+    def scaled(dots):
         y = dots.astype(jnp.float32) * p.scale * w.scale.astype(jnp.float32)
         return y.astype(x.dtype)
-    patches = im2col(codes, (kh, kw), strides)
-    b, h2, w2, k = patches.shape
 
-    def per_row(array: Array | None) -> Array | None:
-        if array is None or array.size == 1:
-            return None if array is None else array.reshape(1, 1)
-        return jnp.broadcast_to(array, (b, h2, w2, 1)).reshape(-1, 1)
-
-    y = quant_matmul(
-        patches.reshape(-1, k),
-        per_row(p.scale),
-        per_row(p.zero_point),
-        *_as_matrix(w),
-        fmt=_matrix_format(w),
-    )
-    return y.reshape(b, h2, w2, o).astype(x.dtype)
+    shared = w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1
+    if not shared or w.zero_point is not None or p.zero_point is not None or kh * kw == 1:
+        return by_patches(codes)
+    if i >= SHIFT_FROM_CHANNELS:
+        return scaled(shifted_dots(codes, w.qvalue, strides, _format(w)))
+    if i < FLOAT_BELOW_CHANNELS and float_dots_are_exact(kh * kw * i, w.bits):
+        by_floats = lambda codes: scaled(float_dots(codes, w.codes(), strides))
+        return lax.platform_dependent(codes, cpu=by_floats, default=by_patches)
+    return by_patches(codes)
 
 
 def _weight_conv(strides: int, pads: Padding, x: Array, w: QTensor) -> Array:
@@ -191,11 +204,6 @@ def _conv_jvp(strides, pads, primals, tangents):
     x, w, row = primals
     y = _conv(strides, pads, x, w, row)
     return y, _float_conv(tangents[0], w.dequantize(x.dtype), strides, pads)
-
-
-def _prefer_shifts(taps: int, channels: int) -> bool:
-    """Whether one matmul per tap beats gathering patches first; benchmarks/conv.py."""
-    return taps > 1 and channels >= 128
 
 
 def _activation_codes(x: Array, act: ActSpec, row: Row, sample_axes: tuple[int, ...]) -> Codes:

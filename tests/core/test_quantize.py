@@ -252,7 +252,8 @@ def net():
 
 
 def test_nnx_modules_and_states_are_quantized_and_planned_alike(net):
-    config = QuantConfig(rules=(Rule(pattern="up/kernel", weight=W8),))
+    rules = (Rule(pattern="up/kernel", weight=W8),)
+    config = QuantConfig(rules=rules, float_dtype="float16")
     before = np.array(net.up.kernel[...])
     module = quantize(net, config)
     assert isinstance(module, Net) and module is not net
@@ -260,6 +261,7 @@ def test_nnx_modules_and_states_are_quantized_and_planned_alike(net):
     assert isinstance(state, nnx.State)
     assert plan(net, config) == plan(nnx.state(net), config)
     assert plan(net, config).bytes_after == tree_bytes(module) == tree_bytes(state)
+    assert module.label.embedding[...].dtype == jnp.float16
     np.testing.assert_array_equal(net.up.kernel[...], before)
     w = quantize({"up": {"kernel": jnp.asarray(before)}}, config)["up"]["kernel"].dequantize()
     np.testing.assert_array_equal(dequantize(module).up.kernel[...], w)

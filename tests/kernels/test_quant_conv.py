@@ -11,6 +11,8 @@ from qjax.kernels import packing
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_conv_xla import (
     explicit_padding,
+    float_dots,
+    float_dots_are_exact,
     im2col,
     pad_image,
     shifted_dots,
@@ -50,18 +52,22 @@ def draw(kernel, i=5, o=3, bits=8):
 
 
 @pytest.mark.parametrize("kernel, strides, padding", GEOMETRIES)
-def test_patches_and_shifts_give_the_integers_of_the_definition(kernel, strides, padding):
+def test_all_forms_give_the_integers_of_the_definition(kernel, strides, padding):
     x, q = draw(kernel)
 
     @jax.jit
-    def both(x, q):
+    def all_forms(x, q):
         padded = pad_image(x, padding, None)
         patches = im2col(padded, kernel, strides)
         dot = functools.partial(jnp.matmul, preferred_element_type=jnp.int32)
-        return dot(patches, q.reshape(-1, q.shape[-1])), shifted_dots(padded, q, strides)
+        return (
+            dot(patches, q.reshape(-1, q.shape[-1])),
+            shifted_dots(padded, q, strides, Format(bits=8)),
+            float_dots(padded, q, strides),
+        )
 
     wanted = convolve(x.astype(np.int64), q.astype(np.int64), strides, padding)
-    for result in both(x, q):
+    for result in all_forms(x, q):
         np.testing.assert_array_equal(result, wanted)
 
 
@@ -76,7 +82,10 @@ def test_codes_padded_with_their_zero_point_are_floats_padded_with_zero(kernel, 
     def corrected(x, q):
         codes = pad_image(x, padding, jnp.asarray(zero_point, jnp.int32))
         taps = jnp.sum(q, axis=(0, 1, 2), dtype=jnp.int32)
-        return shifted_dots(codes, q, strides) - jnp.asarray(zero_point, jnp.int32) * taps
+        return (
+            shifted_dots(codes, q, strides, Format(bits=8))
+            - jnp.asarray(zero_point, jnp.int32) * taps
+        )
 
     wanted = convolve(x64 - zero_point, q64, strides, padding)
     np.testing.assert_array_equal(corrected(x, q), wanted)
@@ -108,6 +117,19 @@ def test_the_convolution_of_floats_dequantizes(kernel, strides, padding, groups)
     magnitude = convolve(np.abs(x).astype(np.float64), np.abs(weights), strides, padding)
     # Sums of up to 36 * 9 float32 products, in the order of the loop.
     assert (np.abs(run(x, q) - wanted) <= 36 * 9 * 2**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_float_sums_are_exact_as_far_as_claimed(bits):
+    """The largest number of largest products; one more would not be sure."""
+    terms = 2 ** (24 - 7 - (bits - 1))
+    assert float_dots_are_exact(terms, bits)
+    assert not float_dots_are_exact(terms + 1, bits)
+    x = np.full((1, 1, 1, terms), -128, np.int8)
+    q = np.full((1, 1, terms, 1), -(2 ** (bits - 1)), np.int8)
+    q[0, 0, -1], x[..., -1] = 1, -1
+    wanted = convolve(x.astype(np.int64), q.astype(np.int64), 1, ((0, 0), (0, 0)))
+    np.testing.assert_array_equal(np.asarray(float_dots(x, q, 1), np.int64), wanted)
 
 
 @pytest.mark.parametrize("strides", (1, 2, 3))
