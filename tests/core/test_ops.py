@@ -222,8 +222,9 @@ def test_shapes_that_do_not_fit_raise():
     q = quantize(normal(64, 10))
     with pytest.raises(ValueError, match=r"w.shape=\(64, 10\), w.axis=-2, x.shape=\(3, 32\)"):
         ops.matmul(jnp.ones((3, 32)), q)
-    with pytest.raises(ValueError, match=r"w.axis=-3"):
-        ops.matmul(jnp.ones((3, 64)), q.replace(axis=-3))
+    heads = from_codes(jnp.zeros((64, 2, 5), jnp.int8), jnp.ones((1, 2, 5)), bits=4, axis=-3)
+    with pytest.raises(ValueError, match=r"w.shape=\(64, 2, 5\), w.axis=-3"):
+        ops.matmul(jnp.ones((3, 64)), heads)
     with pytest.raises(ValueError, match="images .* and a kernel"):
         ops.conv(jnp.ones((1, 4, 4, 64)), q)
     with pytest.raises(ValueError, match="of the same i"):
@@ -278,10 +279,9 @@ def abstract(bits, act, group_size, size):
     )
 
 
-@pytest.mark.parametrize("size", (1024, 2048))
+@pytest.mark.parametrize("size, steps", [(1024, None), (2048, 10)], ids=("once", "in a scan"))
 @pytest.mark.parametrize("act", (None, ActSpec()), ids=("W4A16", "W4A8"))
 @pytest.mark.parametrize("group_size", (None, 128))
-@pytest.mark.parametrize("steps", (None, 10), ids=("once", "in a scan"))
 def test_four_layers_need_the_workspace_of_one(size, act, group_size, steps):
     rows = 64
     tensors = [abstract(4, act, group_size, size)] * 4
