@@ -78,9 +78,10 @@ def workspace_bytes(
     """Upper estimate of the temporary memory of one low-bit matmul on a CPU, in bytes.
 
     Input and output count as temporary, as they are inside a model. The parts: the input
-    and its int8 codes (twice with groups, once more cut into groups), the output, and for a
-    piece of columns the unpacked weights as integers and as floats, the int32 and float32
-    sums.
+    and its int8 codes (with groups also a copy cut into them), the output, the scales of the
+    weights as floats, and for a piece of columns the unpacked weights as integers and as
+    floats, the int32 and the float32 sums. (Before jaxlib 0.10 XLA:CPU multiplied int8 as
+    int32, and needed up to twice as much.)
 
     Args:
       rows: Rows of the input.
@@ -95,7 +96,7 @@ def workspace_bytes(
     integer = itemsize is None
     widened = not integer or groups > 1 or fmt.widens
     piece = piece_columns(rows, size, columns, widened=widened)
-    outside = 4 * rows * columns + (4 if integer else itemsize or 0) * rows * size
+    outside = 4 * rows * columns + (itemsize or 4) * rows * size + 4 * groups * columns
     if not integer:
         # Weights as floats, in float32 before they take the dtype of the input.
         return outside + piece * (size * (1 + 4 + (itemsize or 0)) + 4 * rows)

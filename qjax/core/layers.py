@@ -59,9 +59,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = _kernel(
-            self, self.kernel_init, (x.shape[-1], self.features), self.param_dtype
-        )
+        kernel = _kernel(self, self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         if self.dtype is not None:
             x = x.astype(self.dtype)
         y = ops.matmul(x, kernel, row=_row(self))
@@ -108,5 +106,3 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
         return y
-
-

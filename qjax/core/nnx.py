@@ -122,8 +122,9 @@ class LowBitParam(QuantizedParam):
 
 def _stored(variable: nnx.Variable[Any]) -> Any:
     """What a Variable holds, without what reading it does; flax 0.11 has the attribute only."""
-    get = getattr(nnx.Variable, "get_raw_value", None)
-    return variable.raw_value if get is None else get(variable)
+    if hasattr(nnx.Variable, "get_raw_value"):
+        return variable.get_raw_value()
+    return variable.raw_value
 
 
 def raw(variable: nnx.Variable[Any]) -> QTensor:

@@ -144,6 +144,17 @@ def test_floats_that_the_quantizer_casts_become_new_params(net):
     assert net.head.bias.dtype == jnp.float32
 
 
+def test_modules_of_hijax_variables_get_plain_quantized_ones(key):
+    if not hasattr(nnx, "var_defaults"):
+        pytest.skip("this flax has no hijax variables")
+    x = jax.random.normal(key, (2, 16))
+    with nnx.var_defaults(hijax=True):
+        layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+        quantized = quantize(layer, QuantConfig(weight=W8, act=A8))
+        assert not quantized.kernel.hijax
+        assert relative(run(qnnx.low_bit(quantized), x), layer(x)) < 0.02
+
+
 def test_paths_and_plan_are_those_of_the_params(net):
     entries = plan(net, config(W4)).entries
     assert tuple(e.path for e in entries if e.weight is not None) == KERNELS

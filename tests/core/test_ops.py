@@ -306,6 +306,22 @@ def test_four_layers_need_the_workspace_of_one(size, act, group_size, steps):
         groups=q.num_groups,
         itemsize=4 if act is None else None,
     )
-    assert temporary <= 1.5 * workspace
+    # Before jaxlib 0.10 XLA:CPU converted the operands of int8 matmuls to int32.
+    assert temporary <= (1.5 if jax.__version_info__ >= (0, 10) else 2.2) * workspace
     dequantized = 4 * size * size
     assert temporary < dequantized * (0.7 if size == 1024 else 0.3)
+
+
+@pytest.mark.parametrize("act", (None, ActSpec()), ids=("W4A16", "W4A8"))
+@pytest.mark.parametrize("channels", (320, ops.SHIFT_FROM_CHANNELS))
+def test_four_convolutions_need_less_than_half_of_one_dequantized(channels, act):
+    kernel = jax.eval_shape(
+        functools.partial(from_codes, bits=4, act=act),
+        jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.int8),
+        jax.ShapeDtypeStruct((1, 1, 1, channels), jnp.bfloat16),
+    )
+    image = jax.ShapeDtypeStruct((1, 8, 8, channels), jnp.float32)
+    layers = lambda x, kernels: functools.reduce(ops.conv, kernels, x)
+    compiled = jax.jit(layers).lower(image, [kernel] * 4).compile()
+    dequantized = 4 * 9 * channels**2
+    assert compiled.memory_analysis().temp_size_in_bytes < dequantized / 2
