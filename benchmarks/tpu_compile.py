@@ -76,7 +76,7 @@ def compile_step(params: Any, config: DiTConfig, batch: int, device: Any) -> dic
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -86,8 +86,6 @@ def compile_step(params: Any, config: DiTConfig, batch: int, device: Any) -> dic
         "temp_bytes": memory.temp_size_in_bytes,
         "hbm_bytes": held,
         "program_bytes": memory.generated_code_size_in_bytes,
-        "tera_operations": round(cost.get("flops", 0) / 1e12, 2),
-        "accessed_bytes": int(cost.get("bytes accessed", 0)),
         "int8_matmuls": int8_matmuls(compiled.as_text()),
     }
 

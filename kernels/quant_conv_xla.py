@@ -15,7 +15,7 @@ With float activations the weights are what must not grow: `weight_conv_xla` deq
 tap at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -31,14 +31,17 @@ IMAGE = ("NHWC", "HWIO", "NHWC")
 
 
 def explicit_padding(
-    padding: str | Padding, image: tuple[int, int], kernel: tuple[int, int], strides: int
+    padding: str | Sequence[tuple[int, int]],
+    image: Sequence[int],
+    kernel: Sequence[int],
+    strides: int,
 ) -> Padding:
     """Padding as numbers of pixels, as XLA understands `"SAME"` and `"VALID"`."""
     if isinstance(padding, str):
-        top, left = lax.padtype_to_pads(image, kernel, (strides, strides), padding)
-        return tuple(top), tuple(left)
-    (top, bottom), (left, right) = padding
-    return (top, bottom), (left, right)
+        rows, columns = lax.padtype_to_pads(image, kernel, (strides, strides), padding)
+    else:
+        rows, columns = padding
+    return (rows[0], rows[1]), (columns[0], columns[1])
 
 
 def pad_image(

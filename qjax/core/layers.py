@@ -8,6 +8,7 @@ puts the current row of the step table.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,7 +27,7 @@ def _kernel(module: nn.Module, init, shape: Sequence[int], param_dtype) -> Array
     existing leaf is read as a plain variable.
     """
     if module.has_variable("params", "kernel"):
-        leaf = module.get_variable("params", "kernel")
+        leaf: Any = module.get_variable("params", "kernel")
         return leaf if isinstance(leaf, QTensor) else nn.meta.unbox(leaf)
     return module.param("kernel", init, tuple(shape), param_dtype)
 

@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 
-from qjax.core import foreign
+from qjax.core import foreign, layers
 from qjax.core.foreign import LOW_BIT, WEIGHTS_ONLY
 from qjax.core.qtensor import QTensor, is_qtensor, register
 from qjax.core.typing import Array, Float
@@ -157,17 +157,16 @@ def intercept() -> Iterator[InterceptLog]:
     What is traced inside is what runs low-bit, so use it inside the function that is jitted
     (a function that JAX has compiled outside stays what it is):
 
-    >>> @jax.jit
-    ... def apply(params, x):
-    ...     with qjax.linen.intercept():
-    ...         return model.apply({"params": params}, x)
+        @jax.jit
+        def apply(params, x):
+            with qjax.linen.intercept():
+                return model.apply({"params": params}, x)
 
     Static and per-step activation ranges come from the `"quant"` collection, at the layer's
     own path, as for `qjax.core.layers`.
 
-    Raises (within the block):
-      TypeError: If a module that is not intercepted holds a bare QTensor, which Flax cannot
-        read.
+    An error in a module that is not intercepted and holds a bare QTensor, which Flax cannot
+    read, comes with a note that names the leaf.
     """
     log = InterceptLog()
 
@@ -186,17 +185,21 @@ def intercept() -> Iterator[InterceptLog]:
                 return low_bit.call(module, q, *args, **kwargs)
             log._add(path("kernel"), reason)
         quantized = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
-        calls_parent = low_bit is None and isinstance(module, _LAYERS)
+        try:
+            y = next_fun(*args, **kwargs)
+        except Exception as error:
+            for name, leaf in quantized.items():
+                if not isinstance(leaf, meta.AxisMetadata):
+                    error.add_note(
+                        f"{path(name)} is a bare QTensor, and {type(module).__name__} may read "
+                        "its parameters as Flax does, which needs a box: pass "
+                        "qjax.linen.box_tree(params), or leave the leaf in float."
+                    )
+            raise
         for name, leaf in quantized.items():
-            if not isinstance(leaf, meta.AxisMetadata) and not calls_parent:
-                raise TypeError(
-                    f"{path(name)} is a bare QTensor, and {type(module).__name__} reads it as "
-                    "Flax does, which needs a box. Pass qjax.linen.box_tree(params), or leave "
-                    "the leaf in float."
-                )
-        y = next_fun(*args, **kwargs)
-        for name in quantized:
-            if not log._has(path(name)):  # a parent's method may have taken it
+            if isinstance(module, layers.Dense | layers.Conv):  # these are low-bit anyway
+                log._add(path(name), WEIGHTS_ONLY if leaf.act is None else LOW_BIT)
+            elif not log._has(path(name)):  # a parent's method may have taken it
                 log._add(path(name), f"dequantized: {type(module).__name__} has no low-bit form")
         return y
 
@@ -283,8 +286,6 @@ class _LowBit:
     call: Callable[..., Array]
     why_not: Callable[[Any, QTensor], str | None]
 
-
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
 _LOW_BIT = {
     inspect.unwrap(nn.Dense.__call__): _LowBit(_dense, _why_no_dense),

@@ -8,7 +8,7 @@ Gradients reach the input only, and pass through the rounding as if it were not 
 straight-through estimator): `d matmul(x, w) = dx @ w.dequantize()`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def conv(
     w: Float[Array, "kh kw i o"] | QTensor,
     *,
     strides: int = 1,
-    padding: str | Padding = "SAME",
+    padding: str | Sequence[tuple[int, int]] = "SAME",
     row: Row | None = None,
 ) -> Float[Array, "b h2 w2 o"]:
     """2-D convolution in the dtype of `x`.
@@ -151,12 +151,13 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
         patches = im2col(codes, (kh, kw), strides)
         *image, k = patches.shape
 
-        def per_row(array: Array | None) -> Array | None:
-            if array is None or array.size == 1:
-                return None if array is None else array.reshape(1, 1)
+        def per_row(array: Array) -> Array:
+            if array.size == 1:
+                return array.reshape(1, 1)
             return jnp.broadcast_to(array, (*image, 1)).reshape(-1, 1)
 
-        x_parts = (patches.reshape(-1, k), per_row(p.scale), per_row(p.zero_point))
+        x_zero = None if p.zero_point is None else per_row(p.zero_point)
+        x_parts = (patches.reshape(-1, k), per_row(p.scale), x_zero)
         y = quant_matmul(*x_parts, *_as_matrix(w), fmt=_matrix_format(w))
         return y.reshape(*image, o).astype(x.dtype)
 
@@ -237,15 +238,14 @@ def _as_matrix(w: QTensor) -> tuple[Array, Array, Int[Array, "g n"] | None]:
     kh, kw, _, o = w.shape
     q = w.codes() if w.pad else w.qvalue
 
-    def groups(array: Array | None) -> Array | None:
-        if array is None:
-            return None
+    def groups(array: Array) -> Array:
         if array.shape[:3] == (1, 1, 1):
             return array.reshape(1, array.shape[-1])
         spread = jnp.broadcast_to(array, (kh, kw, *array.shape[2:]))
         return spread.reshape(-1, array.shape[-1])
 
-    return q.reshape(-1, o), groups(w.scale), groups(w.zero_point)
+    zero_point = None if w.zero_point is None else groups(w.zero_point)
+    return q.reshape(-1, o), groups(w.scale), zero_point
 
 
 def _matrix_format(w: QTensor) -> Format:

@@ -16,7 +16,8 @@ References:
   https://arxiv.org/abs/2102.05426 (the range search).
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +179,8 @@ def quantize_weight(
 
     low = jnp.min(grouped, axis=axes, keepdims=True)
     high = jnp.max(grouped, axis=axes, keepdims=True)
-    settings = {"bits": spec.bits, "symmetric": spec.symmetric, "dtype": scale_dtype}
+    settings: dict[str, Any] = {"bits": spec.bits, "symmetric": spec.symmetric}
+    settings["dtype"] = scale_dtype
     if spec.method == "mse":
         low, high = _search_range(grouped, low, high, axes, **settings)
     scale, zero_point = affine(low, high, **settings)
@@ -196,7 +198,7 @@ def quantize_activation(
     *,
     group_size: int | None = None,
     sample_axes: tuple[int, ...] = (-1,),
-    row: dict[str, Array] | None = None,
+    row: Mapping[str, Array] | None = None,
 ) -> Codes:
     """Codes of a layer's input: dynamic from its own range, static from the step's row.
 
@@ -268,8 +270,8 @@ def _static_codes(x, scale, zero_point, qmin, qmax) -> Codes:
     if zero_point is not None:
         zero_point = jnp.broadcast_to(jnp.asarray(zero_point, jnp.int32), scale.shape)
     grouped = x.reshape(*x.shape[:-1], groups, -1)
-    column = lambda array: None if array is None else array[:, None]
-    codes = round_to_codes(grouped, column(scale), column(zero_point), qmin=qmin, qmax=qmax)
+    column = None if zero_point is None else zero_point[:, None]
+    codes = round_to_codes(grouped, scale[:, None], column, qmin=qmin, qmax=qmax)
     lead = (1,) * (x.ndim - 1)
     zero_point = None if zero_point is None else zero_point.reshape(*lead, groups)
     return Codes(codes.reshape(x.shape), scale.reshape(*lead, groups), zero_point)

@@ -12,6 +12,7 @@ from flax.core import meta
 
 from qjax.core import foreign, linen
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
+from qjax.core.layers import Dense
 from qjax.core.qtensor import QTensor, from_codes, is_qtensor
 from qjax.core.quantize import dequantize, quantize, quantize_leaf
 
@@ -295,13 +296,25 @@ def test_bare_qtensors_run_where_intercepted(images):
     )
 
 
-def test_a_bare_qtensor_in_another_layer_raises_with_its_path(key):
+@pytest.mark.parametrize("weight", [W4, W8], ids=["packed", "native"])
+def test_the_error_for_a_bare_qtensor_in_another_layer_names_it_and_the_way_out(key, weight):
     model = nn.Sequential([nn.ConvTranspose(4, (2, 2))])
     x = jnp.ones((1, 4, 4, 8))
     params = model.init(key, x)["params"]
-    bare = quantize(params, QuantConfig(weight=W4), box=False)
-    with linen.intercept(), pytest.raises(TypeError, match="layers_0/kernel.*box_tree"):
+    bare = quantize(params, QuantConfig(weight=weight), box=False)
+    with linen.intercept(), pytest.raises(Exception, match=r"layers_0/kernel[\s\S]*box_tree"):
         model.apply({"params": bare}, x)
+
+
+def test_our_own_layers_stay_low_bit_within_interception(key):
+    model = nn.Sequential([Dense(8), nn.Dense(8)])
+    x = jax.random.normal(key, (4, 16))
+    params = model.init(key, x)["params"]
+    bare = quantize(params, QuantConfig(weight=W8, act=A8), box=False)
+    with linen.intercept() as log:
+        y = model.apply({"params": bare}, x)
+    assert log.layers == (("layers_0/kernel", "low-bit"), ("layers_1/kernel", "low-bit"))
+    assert relative(y, model.apply({"params": dequantize(bare)}, x)) < 0.02
 
 
 def dense_like(kernel_path, module, x, key, act=A8, weight=W4):
