@@ -13,6 +13,7 @@ those that share memory with arguments) and temporaries. Results go to
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import re
 import time
 from pathlib import Path
@@ -120,6 +121,7 @@ def main() -> None:
             found = compile_step(params, config, batch, topology.devices[0])
             of_bf16 = found["hbm_bytes"] if name == "bf16" else of_bf16
             row = {"setting": name, "target": topology.devices[0].device_kind, "batch": batch}
+            row["libtpu"] = importlib.metadata.version("libtpu")
             row |= {"params_bytes": tree_bytes(params), **found}
             row["hbm_over_bf16"] = of_bf16 and found["hbm_bytes"] / of_bf16
             rows.append(row)

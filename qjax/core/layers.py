@@ -24,19 +24,33 @@ def _kernel(module: nn.Module, init, shape: Sequence[int], param_dtype) -> Array
     """The leaf named `kernel` as it is stored; created only when absent.
 
     `Module.param` would unbox a QTensor and check the shape of what comes out, so an
-    existing leaf is read as a plain variable.
+    existing leaf is read as a plain variable; a box of axis names around it comes off.
     """
     if module.has_variable("params", "kernel"):
         leaf: Any = module.get_variable("params", "kernel")
+        if isinstance(leaf, nn.Partitioned) and isinstance(leaf.value, QTensor):
+            leaf = leaf.value
         return leaf if isinstance(leaf, QTensor) else nn.meta.unbox(leaf)
     return module.param("kernel", init, tuple(shape), param_dtype)
 
 
-def _row(module: nn.Module) -> dict[str, Array]:
-    """The layer's entries of the current step's row; empty where there are none."""
-    if module.is_initializing():
-        return {}
-    return dict(module.variables.get("quant", {}))
+def _row(module: nn.Module, kernel: Array | QTensor) -> dict[str, Array]:
+    """The layer's entries of the current step's row; empty where there are none.
+
+    Raises:
+      ValueError: If the kernel says that the range of the input is read from the row, and
+        the row has none.
+    """
+    row = {} if module.is_initializing() else dict(module.variables.get("quant", {}))
+    act = kernel.act if isinstance(kernel, QTensor) else None
+    if act is not None and act.mode != "dynamic" and "act_scale" not in row:
+        path = "/".join(module.path) or "The layer"
+        raise ValueError(
+            f"{path} quantizes its input with mode={act.mode!r} and needs act_scale in the "
+            f"'quant' collection at its own path; got {sorted(row) or 'nothing'}. Apply the model "
+            "with {'params': ..., 'quant': row}, the row of a calibrated step table."
+        )
+    return row
 
 
 class Dense(nn.Module):
@@ -63,7 +77,7 @@ class Dense(nn.Module):
         kernel = _kernel(self, self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        y = ops.matmul(x, kernel, row=_row(self))
+        y = ops.matmul(x, kernel, row=_row(self, kernel))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
@@ -102,7 +116,8 @@ class Conv(nn.Module):
         kernel = _kernel(self, self.kernel_init, shape, self.param_dtype)
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        y = ops.conv(x, kernel, strides=self.strides, padding=self.padding, row=_row(self))
+        row = _row(self, kernel)
+        y = ops.conv(x, kernel, strides=self.strides, padding=self.padding, row=row)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
