@@ -8,7 +8,7 @@ give the same integers:
 - `shifted_dots` adds up one matmul per tap, of the shifted image, and gathers nothing;
 - `float_dots` is the float convolution of the integers, exact while sums stay below 2**24.
 
-XLA's own int8 convolution is no faster than they are on a CPU, six times slower with few
+XLA's own int8 convolution is about as fast on a CPU, but six times slower with few
 channels, and weak on GPUs (jax#7637).
 
 With float activations the weights are what must not grow: `weight_conv_xla` dequantizes one
@@ -106,16 +106,16 @@ def shifted_dots(
 
 
 def float_dots(
-    x: Int[Array, "b h w i"], q: Int[Array, "kh kw i o"], strides: int
+    x: Int[Array, "b h w i"], q: Int[Array, "kh kw i o"], strides: int, padding: Padding
 ) -> Float[Array, "b h2 w2 o"]:
-    """The integer convolution of a padded image by the float32 convolution of a CPU.
+    """The integer convolution of an image by the float32 convolution of a CPU.
 
-    The same integers, as long as no partial sum reaches 2**24 (`float_dots_are_exact`).
+    The same integers, as long as no partial sum reaches 2**24 (`float_dots_are_exact`). The
+    image is padded with zeros, here and not before, which a CPU's convolution does for free.
     Accelerators round the operands of float32 convolutions, so this is not for them.
     """
     x, q = x.astype(jnp.float32), q.astype(jnp.float32)
-    valid = ((0, 0), (0, 0))
-    return lax.conv_general_dilated(x, q, (strides, strides), valid, dimension_numbers=IMAGE)
+    return lax.conv_general_dilated(x, q, (strides, strides), padding, dimension_numbers=IMAGE)
 
 
 def float_dots_are_exact(terms: int, bits: int) -> bool:

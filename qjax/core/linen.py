@@ -137,7 +137,7 @@ class InterceptLog:
     def layers(self) -> tuple[tuple[str, str], ...]:
         """The path of every kernel met, and how it ran: in the order of the first calls.
 
-        `"low-bit"`: int8 arithmetic. `"low-bit weights, float arithmetic"`: the QTensor has no
+        `"low-bit"`: integer arithmetic. `"low-bit weights, float arithmetic"`: the QTensor has no
         `act`. `"float"`: no QTensor there. `"dequantized: ..."`: the reason why.
         """
         return tuple(self._seen)

@@ -239,7 +239,7 @@ def low_bit(module: nnx.Module, *, row: Mapping[str, Any] | None = None) -> Any:
 def layers(module: nnx.Module) -> tuple[tuple[str, str], ...]:
     """The path of every quantized kernel of a module, and how it runs.
 
-    `"low-bit"`: int8 arithmetic. `"low-bit weights, float arithmetic"`: the QTensor has no
+    `"low-bit"`: integer arithmetic. `"low-bit weights, float arithmetic"`: the QTensor has no
     `act`. `"dequantized: ..."`: the module's own arithmetic, and the reason why; before
     `low_bit` that is every one.
     """

@@ -40,7 +40,7 @@ Row = Mapping[str, Array]
 # per tap is no slower than patches from here on, and gathers nothing; below the other number,
 # patches are too narrow for int8 matmuls, and float ones of the same integers twice as fast.
 SHIFT_FROM_CHANNELS = 640
-FLOAT_BELOW_CHANNELS = 32
+FLOAT_BELOW_CHANNELS = 64
 
 
 def choose_group_size(group_size: int | tuple[int | None, ...] | None, size: int) -> int | None:
@@ -145,10 +145,10 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
     kh, kw, i, o = w.shape
     p = _activation_codes(x, w.act, row, (-3, -2, -1))
     # The barrier keeps XLA from rounding a pixel again for every tap that sees it.
-    codes = lax.optimization_barrier(pad_image(p.codes, pads, p.zero_point))
+    codes = lax.optimization_barrier(p.codes)
 
     def by_patches(codes):
-        patches = im2col(codes, (kh, kw), strides)
+        patches = im2col(pad_image(codes, pads, p.zero_point), (kh, kw), strides)
         *image, k = patches.shape
 
         def per_row(array: Array) -> Array:
@@ -169,9 +169,10 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
     if not shared or w.zero_point is not None or p.zero_point is not None or kh * kw == 1:
         return by_patches(codes)
     if i >= SHIFT_FROM_CHANNELS:
-        return scaled(shifted_dots(codes, w.qvalue, strides, _format(w)))
+        image = pad_image(codes, pads, None)
+        return scaled(shifted_dots(image, w.qvalue, strides, _format(w)))
     if i < FLOAT_BELOW_CHANNELS and float_dots_are_exact(kh * kw * i, w.bits):
-        by_floats = lambda codes: scaled(float_dots(codes, w.codes(), strides))
+        by_floats = lambda codes: scaled(float_dots(codes, w.codes(), strides, pads))
         return lax.platform_dependent(codes, cpu=by_floats, default=by_patches)
     return by_patches(codes)
 

@@ -63,7 +63,7 @@ def test_all_forms_give_the_integers_of_the_definition(kernel, strides, padding)
         return (
             dot(patches, q.reshape(-1, q.shape[-1])),
             shifted_dots(padded, q, strides, Format(bits=8)),
-            float_dots(padded, q, strides),
+            float_dots(x, q, strides, padding),
         )
 
     wanted = convolve(x.astype(np.int64), q.astype(np.int64), strides, padding)
@@ -129,7 +129,9 @@ def test_float_sums_are_exact_as_far_as_claimed(bits):
     q = np.full((1, 1, terms, 1), -(2 ** (bits - 1)), np.int8)
     q[0, 0, -1], x[..., -1] = 1, -1
     wanted = convolve(x.astype(np.int64), q.astype(np.int64), 1, ((0, 0), (0, 0)))
-    np.testing.assert_array_equal(np.asarray(float_dots(x, q, 1), np.int64), wanted)
+    np.testing.assert_array_equal(
+        np.asarray(float_dots(x, q, 1, ((0, 0), (0, 0))), np.int64), wanted
+    )
 
 
 @pytest.mark.parametrize("strides", (1, 2, 3))
