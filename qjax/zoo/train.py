@@ -47,7 +47,7 @@ class TrainConfig:
       steps: Optimizer steps.
       batch: Images a step.
       learning_rate: Peak, after a linear warm-up of `warmup` steps; cosine decay to zero.
-      warmup: Steps of warm-up.
+      warmup: Steps of warm-up, but no more than half of all.
       ema: Decay of the moving average of the weights, once past its own warm-up.
       label_dropout: Share of labels replaced by the null class.
       seed: Of the initial weights, the batches and the noise.
@@ -66,7 +66,7 @@ class TrainConfig:
 
 RUNS = {
     "fashion-dit": TrainConfig(steps=4500, learning_rate=1.5e-3),
-    "fashion-unet": TrainConfig(steps=2500, batch=64),
+    "fashion-unet": TrainConfig(steps=10000, batch=64, learning_rate=2e-3),
     "fashion-features": TrainConfig(steps=3000, learning_rate=2e-3, ema=0.998),
 }
 
@@ -164,9 +164,8 @@ def train(
             key, to_float(images[:1]), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32)
         )["params"]
 
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup, config.steps
-    )
+    warmup = min(config.warmup, config.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01)
     )
