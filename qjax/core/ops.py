@@ -37,10 +37,10 @@ from qjax.kernels.quant_matmul_xla import PIECE_VALUES
 Row = Mapping[str, Array]
 
 # Forms of a low-bit convolution by input channels, on a CPU (benchmarks/conv.py): one matmul
-# per tap is no slower than patches from here on, and gathers nothing; below the other number,
+# per tap is faster than patches from here on, and gathers nothing; below the other number
 # patches are too narrow for int8 matmuls, and float ones of the same integers twice as fast.
-SHIFT_FROM_CHANNELS = 640
-FLOAT_BELOW_CHANNELS = 64
+SHIFT_FROM_CHANNELS = 1280
+FLOAT_BELOW_CHANNELS = 32
 
 
 def choose_group_size(group_size: int | tuple[int | None, ...] | None, size: int) -> int | None:
