@@ -102,7 +102,8 @@ def quant_config(recipe: Recipe | QuantConfig) -> QuantConfig:
         return recipe.quant
     if isinstance(recipe, QuantConfig):
         return recipe
-    raise TypeError(f"A QuantConfig or a Recipe is needed; got {type(recipe).__name__}.")
+    way_out = " Call it: w8a8(), not w8a8." if callable(recipe) else ""
+    raise TypeError(f"A QuantConfig or a Recipe is needed; got {type(recipe).__name__}.{way_out}")
 
 
 def quantize_pipeline(pipe: Pipeline, recipe: Recipe | QuantConfig) -> Pipeline:

@@ -85,7 +85,8 @@ def unpack(
         plane = blocks[..., None, start : start + size, :]
         # One broadcast shift, not a concatenation of runs: XLA:CPU emits a loop without
         # branches for it, twice as fast (benchmarks/matmul.py, W4A8 at M=64).
-        runs = plane >> np.arange(0, 8, width, dtype=np.uint8)[:, None, None]
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        runs = plane >> shifts.reshape(*(1,) * (plane.ndim - 3), -1, 1, 1)
         values = (runs & jnp.uint8(2**width - 1)) << jnp.uint8(shift)
         values = values.reshape(*blocks.shape[:-2], block, o)
         stored = values if stored is None else stored | values

@@ -57,7 +57,8 @@ def piece_columns(rows: int, size: int, columns: int, *, widened: bool) -> int:
         whole = size * columns <= SMALL_VALUES
         most = min(PIECE_VALUES // size, columns // 2)
     else:
-        whole = rows * columns <= LARGE_OUTPUT
+        # A symbolic number of rows (jax.export) compares with nothing.
+        whole = not isinstance(rows, int) or rows * columns <= LARGE_OUTPUT
         most = LARGE_OUTPUT_COLUMNS
     most = max(most // PIECE_STEP, 1) * PIECE_STEP
     if whole or most >= columns:
@@ -161,7 +162,7 @@ def quant_matmul_xla(
         )
     x_scale = x_scale.astype(jnp.float32)
     if groups > 1:
-        p_groups = jnp.moveaxis(p.reshape(rows, groups, -1), 1, 0)
+        p_groups = jnp.moveaxis(p.reshape(rows, groups, size // groups), 1, 0)
         x_groups = [_rows_by_group(array, groups) for array in (x_scale, x_zero)]
 
     def compute(q, w_scale, w_zero):

@@ -24,6 +24,11 @@ def _require(value: Any, allowed: tuple, name: str) -> None:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
+def _require_spec(value: Any, cls: type, name: str) -> None:
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"{name} must be of type {cls.__name__}, or None; got {value!r}.")
+
+
 def _require_group_size(group_size: int | tuple[int | None, ...] | None, granularity: str) -> None:
     sizes: tuple[int | None, ...]
     if isinstance(group_size, tuple):  # None in a tuple: the whole axis
@@ -74,6 +79,7 @@ class WeightSpec:
         _require(self.bits, BITS, "weight bits")
         _require(self.granularity, ("per_tensor", "per_channel", "per_group"), "granularity")
         _require(self.method, ("minmax", "mse"), "method")
+        _require(self.symmetric, (True, False), "symmetric")
         _require_group_size(self.group_size, self.granularity)
 
 
@@ -106,6 +112,7 @@ class ActSpec:
         _require(self.bits, BITS, "act bits")
         _require(self.mode, ("dynamic", "static", "per_step"), "mode")
         _require(self.granularity, ("per_tensor", "per_token", "per_group"), "granularity")
+        _require(self.symmetric, (True, False), "symmetric")
         _require_group_size(self.group_size, self.granularity)
 
 
@@ -129,6 +136,10 @@ class Rule:
     reason: str = ""
 
     def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"pattern must be text, a regular expression; got {self.pattern!r}.")
+        _require_spec(self.weight, WeightSpec, "weight")
+        _require_spec(self.act, ActSpec, "act")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -168,6 +179,11 @@ class QuantConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            _require_spec(rule, Rule, "a rule")
+        _require_spec(self.weight, WeightSpec, "weight")
+        _require_spec(self.act, ActSpec, "act")
+        _require(self.allow_unmatched, (True, False), "allow_unmatched")
         _require(self.scale_dtype, ("bfloat16", "float16", "float32"), "scale_dtype")
         _require(self.float_dtype, ("bfloat16", "float16", "float32", None), "float_dtype")
         if self.weight is None and self.act is not None:

@@ -221,6 +221,11 @@ def _opened(leaf: Any) -> Any:
     return leaf
 
 
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    # In the rank of the output, as Flax adds it: some run with rank promotion forbidden.
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
 def _promoted(module: Any, x: Array, q: QTensor) -> tuple[Array, Array | None]:
     """The input and the bias in the dtype of the layer's computation."""
     bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
@@ -249,7 +254,7 @@ def _dense(module: nn.Dense | nn.DenseGeneral, q: QTensor, inputs: Array) -> Arr
     axes = sorted(a % inputs.ndim for a in ((axis,) if isinstance(axis, int) else axis))
     x, bias = _promoted(module, inputs, q)
     y = foreign.contract(x, q, axes=axes, row=_row(module))
-    return y if bias is None else y + bias
+    return _add_bias(y, bias)
 
 
 def _why_no_conv(module: nn.Conv, q: QTensor) -> str | None:
@@ -272,7 +277,7 @@ def _conv(module: nn.Conv, q: QTensor, inputs: Array) -> Array:
     x, bias = _promoted(module, inputs, q)
     strides = foreign.per_axis(module.strides)[0]
     y = foreign.convolve(x, q, strides=strides, padding=module.padding, row=_row(module))
-    return y if bias is None else y + bias
+    return _add_bias(y, bias)
 
 
 def _row(module: nn.Module) -> dict[str, Array]:

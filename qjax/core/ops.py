@@ -76,7 +76,9 @@ def matmul(
 
     Raises:
       ValueError: If the shapes do not match, or the row lacks what `w.act` needs.
+      TypeError: If `x` is not of a float dtype.
     """
+    _require_float(x)
     if not isinstance(w, QTensor):
         return jnp.matmul(x, w.astype(x.dtype))
     if w.ndim != 2 or w.axis != -2 or w.shape[0] != x.shape[-1]:
@@ -123,7 +125,9 @@ def conv(
 
     Raises:
       ValueError: If the kernel does not fit the image, or the row lacks what `w.act` needs.
+      TypeError: If `x` is not of a float dtype.
     """
+    _require_float(x)
     if x.ndim != 4 or w.ndim != 4 or w.shape[2] != x.shape[3] or getattr(w, "axis", -2) != -2:
         raise ValueError(
             "conv needs images [b, h, w, i] and a kernel [h, w, i, o] of the same i, packed "
@@ -133,6 +137,12 @@ def conv(
     if not isinstance(w, QTensor):
         return _float_conv(x, w.astype(x.dtype), strides, pads)
     return _conv(strides, pads, x, w, dict(row or {}))
+
+
+def _require_float(x: Array) -> None:
+    # In the dtype of integers the weights would be rounded to integers, mostly to 0.
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be of a float dtype; got {x.dtype}. Use x.astype(jnp.float32).")
 
 
 def _float_conv(x, w, strides, pads):

@@ -5,8 +5,13 @@ The axes of a kernel, as Flax stores them:
 | axes | read as | input channels |
 |---|---|---|
 | 2 | `[i, o]` | -2 |
-| 3 | `[i, n, k]`, a projection to heads; `[n, k, o]` where the layer is named `out` | -3; -2 |
+| 3 | `[i, n, k]`, a projection to heads | -3 |
+| 3 | `[n, k, o]`, a projection from heads, where the layer is named `out` or `o_proj` | -2 |
+| 3 | `[w, i, o]`, a 1-D convolution, where the layer's name has `conv` in it | -2 |
 | 4 | `[h, w, i, o]` | -2 |
+
+Flax tells a projection to heads from a 1-D convolution by the layer's class, which params do
+not have; but unnamed convolutions are called `Conv_0` and so on.
 """
 
 import dataclasses
@@ -121,9 +126,17 @@ def kernel_axes(path: str, ndim: int) -> Axes | None:
     if ndim in (2, 4):
         return Axes(-2, (-1,))
     if ndim == 3:
-        layer = path.split("/")[-2] if "/" in path else ""
-        return Axes(-2, (-1,)) if layer in ("out", "o_proj") else Axes(-3, (-2, -1))
+        from_heads = _layer(path) in ("out", "o_proj")
+        return Axes(-2, (-1,)) if from_heads or _is_conv(path, ndim) else Axes(-3, (-2, -1))
     return None
+
+
+def _layer(path: str) -> str:
+    return path.split("/")[-2] if "/" in path else ""
+
+
+def _is_conv(path: str, ndim: int) -> bool:
+    return ndim == 4 or ndim == 3 and "conv" in _layer(path).lower()
 
 
 def decide(leaves: Iterable[tuple[str, Any]], config: QuantConfig) -> list[PlanEntry]:
@@ -175,7 +188,7 @@ def _kind(path: str, leaf: Any) -> str:
         raise TypeError(f"{path}: leaves must be arrays; got {type(leaf).__name__}.")
     if path.rsplit("/", 1)[-1] != "kernel" or kernel_axes(path, len(leaf.shape)) is None:
         return "other"
-    return "conv" if len(leaf.shape) == 4 else "dense"
+    return "conv" if _is_conv(path, len(leaf.shape)) else "dense"
 
 
 def _unused(rule: Rule, kinds: dict[str, str]) -> str:

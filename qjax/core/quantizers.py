@@ -242,13 +242,14 @@ def quantize_activation(
     tiny = float(jnp.finfo(jnp.float32).tiny)
     zero_point = None
     if spec.symmetric:
-        width = jnp.max(jnp.abs(grouped), axis=axes, keepdims=True)
+        # The initial value is for an empty batch, which has one range `per_tensor`.
+        width = jnp.max(jnp.abs(grouped), axis=axes, keepdims=True, initial=0.0)
         scale = jnp.maximum(width * (1.0 / qmax), tiny)
         # Nothing to clip: the largest magnitude is qmax steps.
         codes = _round_small(grouped * (1.0 / scale))
     else:
-        low = jnp.minimum(jnp.min(grouped, axis=axes, keepdims=True), 0.0)
-        high = jnp.maximum(jnp.max(grouped, axis=axes, keepdims=True), 0.0)
+        low = jnp.min(grouped, axis=axes, keepdims=True, initial=0.0)
+        high = jnp.max(grouped, axis=axes, keepdims=True, initial=0.0)
         scale = jnp.maximum((high - low) * (1.0 / (qmax - qmin)), tiny)
         zero_point = jnp.clip(qmin - jnp.round(low / scale), qmin, qmax).astype(jnp.int32)
         codes = round_to_codes(grouped, scale, zero_point, qmin=qmin, qmax=qmax)
@@ -279,12 +280,13 @@ def _static_codes(x, scale, zero_point, qmin, qmax) -> Codes:
         )
     if zero_point is not None:
         zero_point = jnp.broadcast_to(jnp.asarray(zero_point, jnp.int32), scale.shape)
-    grouped = x.reshape(*x.shape[:-1], groups, -1)
-    column = None if zero_point is None else zero_point[:, None]
-    codes = round_to_codes(grouped, scale[:, None], column, qmin=qmin, qmax=qmax)
+    grouped = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     lead = (1,) * (x.ndim - 1)
+    scale = scale.reshape(*lead, groups)
     zero_point = None if zero_point is None else zero_point.reshape(*lead, groups)
-    return Codes(codes.reshape(x.shape), scale.reshape(*lead, groups), zero_point)
+    column = None if zero_point is None else zero_point[..., None]
+    codes = round_to_codes(grouped, scale[..., None], column, qmin=qmin, qmax=qmax)
+    return Codes(codes.reshape(x.shape), scale, zero_point)
 
 
 def fake_quantize(

@@ -40,11 +40,17 @@ def save(folder: Path | str, params: Params, record: Mapping[str, Any]) -> None:
       record: What else to keep, for JSON: model, config, sampler.
 
     Raises:
-      ValueError: If `folder` holds something that is not a save of this library, a key is no
-        text, holds a `/` or a `#`, or names an empty branch, or `record` is not JSON.
+      ValueError: If `folder` holds something that is not a save of this library or is the
+        working folder, a key is no text, holds a `/` or a `#`, or names an empty branch, or
+        `record` is not JSON.
       TypeError: If a leaf is neither an array nor a QTensor.
     """
     folder = Path(folder)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"A save takes the place of its folder, and {folder} is the working folder or holds "
+            "it. Save into a new folder."
+        )
     is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_new and not (folder / MANIFEST).is_file():
         raise ValueError(

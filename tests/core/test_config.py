@@ -111,6 +111,9 @@ def test_a_width_that_is_not_stored_raises(spec, bits):
         (lambda: ActSpec(mode="online"), "mode must be one of dynamic, static, per_step"),
         (lambda: Rule(pattern="x", kind="embed"), "kind must be one of"),
         (lambda: QuantConfig(scale_dtype="float64"), "scale_dtype must be one of"),
+        (lambda: WeightSpec(bits=4, symmetric="false"), "symmetric must be one of True, False"),
+        (lambda: ActSpec(symmetric=0), "symmetric must be one of True, False"),
+        (lambda: QuantConfig(allow_unmatched="no"), "allow_unmatched must be one of"),
     ],
 )
 def test_an_unknown_choice_names_the_known_ones(make, message):
@@ -139,6 +142,21 @@ def test_a_list_of_group_sizes_is_a_tuple():
 def test_a_broken_pattern_raises():
     with pytest.raises(ValueError, match=r"pattern must be a regular expression; got 'a\(b'"):
         Rule(pattern="a(b")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: QuantConfig(weight=8), "weight must be of type WeightSpec, or None; got 8"),
+        (lambda: QuantConfig(weight=WeightSpec(bits=8), act=8), "act must be of type ActSpec"),
+        (lambda: Rule(pattern=".*", weight={"bits": 8}), "weight must be of type WeightSpec"),
+        (lambda: QuantConfig(rules=(".*",)), "a rule must be of type Rule"),
+        (lambda: Rule(pattern=3), "pattern must be text"),
+    ],
+)
+def test_specs_of_another_type_are_refused_where_they_are_given(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_quantized_inputs_need_quantized_weights():

@@ -1,5 +1,6 @@
 """Unmodified Linen models on QTensors: boxes that dequantize, and low-bit interception."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -279,6 +280,14 @@ def test_interception_without_act_equals_the_plain_model(images):
     np.testing.assert_allclose(y, apply(qparams, images), rtol=1e-4, atol=1e-5)
 
 
+def test_no_rank_is_promoted_for_whoever_forbids_it(images):
+    qparams = quantized(W4, A8)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(lambda params: Net().apply({"params": params}, images), qparams)
+        with linen.intercept():
+            jax.eval_shape(lambda params: Net().apply({"params": params}, images), qparams)
+
+
 def test_interception_leaves_a_float_model_as_it_is(key):
     x = jax.random.normal(key, (2, 16))
     params = Layer().init(key, x)["params"]
@@ -339,8 +348,11 @@ def dense_like(kernel_path, module, x, key, act=A8, weight=W4):
         ("conv/kernel", nn.Conv(6, (1, 1)), (7, 7, 8)),
     ],
 )
-def test_layers_of_any_form_run_low_bit_like_flax_runs_them(key, path, module, shape):
-    y, expected, layers = dense_like(path, module, jax.random.normal(key, shape), key)
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_layers_of_any_form_run_low_bit_like_flax_runs_them(key, path, module, shape, symmetric):
+    x = jax.random.normal(key, shape)
+    act, weight = (dataclasses.replace(spec, symmetric=symmetric) for spec in (A8, W4))
+    y, expected, layers = dense_like(path, module, x, key, act, weight)
     assert layers == (("kernel", "low-bit"),)
     assert y.shape == expected.shape and y.dtype == expected.dtype
     assert relative(*(a.astype(jnp.float32) for a in (y, expected))) < 0.02
@@ -365,6 +377,13 @@ def test_layers_without_a_low_bit_form_are_dequantized_and_say_why(key, module, 
     ((path, outcome),) = layers
     assert path == "kernel" and outcome.startswith("dequantized: ") and reason in outcome
     np.testing.assert_array_equal(y, expected)
+
+
+def test_a_precision_that_is_asked_for_is_that_of_the_float_matmul_only(key):
+    x, layer = jax.random.normal(key, (2, 8)), nn.Dense(8, precision="highest")
+    ((_, outcome),) = dense_like("k/kernel", layer, x, key, act=None)[2]
+    assert outcome.startswith("dequantized: precision")
+    assert dense_like("k/kernel", layer, x, key)[2] == (("kernel", "low-bit"),)
 
 
 def test_a_subclass_keeps_what_it_does_around_the_call_of_its_parent(key):
@@ -400,8 +419,9 @@ def test_a_kernel_of_any_rank_is_the_same_matrix_packed_and_native(key):
         (-2, 2, (3, 4, 1, 1)),
     ]:
         scale = jax.random.uniform(key, scale_shape, jnp.float32, 0.5, 1.0)
+        zero_point = jax.random.randint(key, scale_shape, -8, 8)
         for layout in ("packed", "native"):
-            q = from_codes(codes, scale, bits=4, axis=axis, layout=layout)
+            q = from_codes(codes, scale, zero_point, bits=4, axis=axis, layout=layout)
             matrix = foreign.as_matrix(q, n)
             assert matrix.shape == (60, 8)
             np.testing.assert_array_equal(matrix.dequantize(), q.dequantize().reshape(60, 8))

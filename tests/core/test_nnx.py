@@ -1,6 +1,7 @@
 """Unmodified NNX modules on QTensors: parameters that dequantize, and low-bit layers."""
 
 import contextlib
+import importlib
 import pickle
 
 import jax
@@ -201,7 +202,7 @@ def test_the_low_bit_module_computes_in_int8_within_the_error_of_the_activations
         graphdef, state = nnx.split(fast)
         function = lambda state, images: nnx.merge(graphdef, state)(images)
         program = str(jax.make_jaxpr(function)(state, images))
-        assert "preferred_element_type=int32" in program
+        assert program.count("preferred_element_type=int32") >= len(KERNELS)
         error = relative(run(fast, images), run(quantized, images))
         assert 0 < error < 0.03  # eight layers of dynamic A8, each about 0.5 %
 
@@ -425,3 +426,21 @@ def test_static_ranges_come_from_the_row(key):
     for lost in ("second", "third"):
         with pytest.raises(ValueError, match=f"entries for {lost}"):
             qnnx.low_bit(quantized, row={lost: {"act_scale": scales[0]}})
+
+
+@pytest.mark.parametrize("prepare", [lambda m: m, qnnx.low_bit], ids=["plain", "low_bit"])
+def test_export_round_trip_of_a_quantized_module(net, images, prepare):
+    pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
+    export = importlib.import_module("jax.export")  # no attribute of jax 0.7
+    module = prepare(quantize(net, config(W4, A8)))
+    graphdef, state = nnx.split(module)
+    # Flax does not register its Variables for serialization: the leaves go in as a list.
+    arrays, structure = jax.tree.flatten(state)
+
+    @jax.jit
+    def function(arrays, images):
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))(images)
+
+    exported = export.export(function)(arrays, images)
+    restored = export.deserialize(bytearray(exported.serialize()))
+    np.testing.assert_array_equal(restored.call(arrays, images), function(arrays, images))

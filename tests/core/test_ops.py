@@ -1,6 +1,7 @@
 """matmul and conv over QTensors: the formula, the gradient, the memory they take."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,47 @@ def test_shapes_that_do_not_fit_raise():
         ops.conv(jnp.ones((1, 4, 4, 64)), q)
     with pytest.raises(ValueError, match="of the same i"):
         ops.conv(jnp.ones((1, 4, 4, 8)), quantize(normal(3, 3, 16, 5)))
+
+
+@pytest.mark.parametrize("act", [None, *(act for act, row in ACTS if not row)], ids=str)
+def test_an_empty_batch_gives_an_empty_result(act):
+    q = quantize(normal(96, 10), group_size=32, act=act)
+    assert ops.matmul(jnp.zeros((0, 96)), q).shape == (0, 10)
+    if act is None or act.granularity != "per_group":
+        kernel = quantize(normal(3, 3, 32, 5), group_size=16, act=act)
+        assert ops.conv(jnp.zeros((0, 4, 4, 32)), kernel).shape == (0, 4, 4, 5)
+
+
+@pytest.mark.parametrize("bits, act", [(8, ActSpec()), (4, ActSpec()), (8, None)], ids=str)
+def test_an_exported_function_takes_any_batch(bits, act):
+    export = importlib.import_module("jax.export")  # no attribute of jax 0.7
+    (b,) = export.symbolic_shape("b")
+    w, kernel = normal(96, 128), normal(3, 3, 64, 4, seed=1)
+    for function, weight, shape in ((ops.matmul, w, (96,)), (ops.conv, kernel, (4, 4, 64))):
+        q = quantize(weight, bits=bits, act=act)
+        x = jax.ShapeDtypeStruct((b, *shape), jnp.float32)
+        exported = export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(x, q)
+        three = normal(3, *shape, seed=2)
+        np.testing.assert_array_equal(exported.call(three, q), jax.jit(function)(three, q))
+
+
+@pytest.mark.parametrize("act, row", [(None, {}), *ACTS], ids=str)
+def test_no_rank_is_promoted_for_whoever_forbids_it(act, row):
+    q = quantize(normal(96, 10), group_size=32, symmetric=False, act=act)
+    kernel = quantize(normal(3, 3, 16, 5), group_size=8, symmetric=False, act=act)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(functools.partial(ops.matmul, row=row), normal(2, 3, 96), q)
+        if (act, row) in [(None, {}), *CONV_ACTS]:
+            jax.eval_shape(functools.partial(ops.conv, row=row), normal(2, 6, 7, 16), kernel)
+
+
+def test_integers_are_no_input():
+    x, image = jnp.ones((2, 96), jnp.int32), jnp.ones((1, 4, 4, 8), jnp.int32)
+    for w in (normal(96, 10), quantize(normal(96, 10), act=ActSpec())):
+        with pytest.raises(TypeError, match="float dtype; got int32"):
+            ops.matmul(x, w)
+    with pytest.raises(TypeError, match="float dtype; got int32"):
+        ops.conv(image, normal(3, 3, 8, 5))
 
 
 def test_what_the_row_lacks_is_named():

@@ -158,6 +158,17 @@ def test_a_convolution_has_groups_within_a_tap_and_channels_across_taps(params):
     assert quantize(params, QuantConfig(weight=W8))["stem"]["kernel"].scale.shape == (1, 1, 1, 4)
 
 
+@pytest.mark.parametrize("name", ("Conv_0", "conv1d"))
+def test_a_one_dimensional_convolution_has_its_channels_where_flax_has_them(name):
+    tree = {name: {"kernel": normal(3, 8, 6)}}
+    (entry,) = plan(tree, QuantConfig(weight=W4)).entries
+    assert (entry.kind, entry.group_size) == ("conv", 4)
+    q = quantize(tree, QuantConfig(weight=W4))[name]["kernel"]
+    assert q.axis == -2 and q.scale.shape == (3, 2, 6)
+    per_channel = quantize(tree, QuantConfig(weight=W8))[name]["kernel"]
+    assert per_channel.scale.shape == (1, 1, 6)
+
+
 def test_an_embedding_is_quantized_where_a_rule_asks_for_it(params):
     config = QuantConfig(rules=(Rule(pattern=".*/embedding", weight=W8),))
     quantized = quantize(params, config)

@@ -188,6 +188,15 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("folder", (".", "..", "{cwd}"))
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, folder):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(ValueError, match="the working folder or holds it. Save into a new folder"):
+        serialize.save(folder.format(cwd=tmp_path / "work"), {"w": jnp.ones(2)}, {})
+    assert not any((tmp_path / "work").iterdir())
+
+
 @pytest.mark.parametrize("call", ["write_tensors", "atomic_write"])
 def test_a_save_that_fails_leaves_the_old_one_and_no_litter(copied, monkeypatch, call):
     before = listing(copied.parent)
