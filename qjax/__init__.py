@@ -16,6 +16,7 @@ from qjax.api import quantize as quantize
 from qjax.api import zoo_names as zoo_names
 from qjax.calibrate.recipe import Recipe as Recipe
 from qjax.core import linen as linen
+from qjax.core import nnx as nnx
 from qjax.core import ops as ops
 from qjax.core.config import ActSpec as ActSpec
 from qjax.core.config import QuantConfig as QuantConfig
@@ -23,5 +24,6 @@ from qjax.core.config import Rule as Rule
 from qjax.core.config import WeightSpec as WeightSpec
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.core.quantize import dequantize as dequantize
+from qjax.core.sharding import sharding_for as sharding_for
 from qjax.core.steps import StepTable as StepTable
 from qjax.models.pipeline import Pipeline as Pipeline

@@ -30,7 +30,7 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 # What the library raises where the input is wrong.
-BAD_INPUT = (ValueError, TypeError, NotImplementedError, OSError)
+BAD_INPUT = (ValueError, TypeError, NotImplementedError, OSError, OverflowError)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,7 +26,11 @@ def layer_results(params: Params, config: QuantConfig | None = None) -> tuple[La
         low_bit = is_qtensor(leaf)
         reason = ""
         if not low_bit:
-            reason = _why_float(path, config) if quantized else "the model is not quantized"
+            reason = (
+                _why_float(path, _kind(path, len(shape)), config)
+                if quantized
+                else "the model is not quantized"
+            )
         rows.append(
             LayerResult(
                 path=path,
@@ -70,8 +74,8 @@ def _kind(path: str, ndim: int) -> str:
     return {"bias": "bias", "scale": "norm", "embedding": "embedding"}.get(name, "other")
 
 
-def _why_float(path: str, config: QuantConfig | None) -> str:
+def _why_float(path: str, kind: str, config: QuantConfig | None) -> str:
     for rule in () if config is None else config.rules:
-        if re.fullmatch(rule.pattern, path) and rule.weight is None:
+        if re.fullmatch(rule.pattern, path) and rule.kind in (None, kind):
             return rule.reason or f"rule {rule.pattern!r}"
     return "left in float by the config" if path.endswith("kernel") else "not a layer's kernel"

@@ -217,7 +217,7 @@ def low_bit(module: nnx.Module, *, row: Mapping[str, Any] | None = None) -> Any:
     if lost or unknown:
         raise ValueError(
             "The row must be for layers that run low-bit; got entries for "
-            f"{', '.join(sorted({*lost, *unknown}))}. See qjax.core.nnx.layers(module)."
+            f"{', '.join(sorted({*lost, *unknown}))}. See qjax.nnx.layers(module)."
         )
 
     def replace(path: tuple, variable: Any) -> Any:

@@ -236,3 +236,5 @@ def test_a_recipe_or_a_config_is_asked_for():
     assert quant_config(STAGES) is quant_config(QUANT) is QUANT
     with pytest.raises(TypeError, match="A QuantConfig or a Recipe is needed; got str"):
         quant_config("w4a8")
+    with pytest.raises(TypeError, match="got function. Call it"):
+        quant_config(lambda: QUANT)
