@@ -1,0 +1,208 @@
+"""The blocks of UNet2DConditionModel against diffusers' on the same random weights."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.models.convert import convert
+from qjax.models.unet2d_condition_blocks import (
+    DownBlock,
+    MidBlock,
+    UpBlock,
+    Upsample,
+    resize_nearest,
+)
+from qjax.models.unet2d_condition_config import UNet2DConditionConfig
+from qjax.models.unet2d_condition_keys import transformer_keys_of_params
+from qjax.models.unet2d_condition_plan import down_plan, mid_plan, up_plan
+
+SHAPES = [(1, 8, 8), (3, 8, 4), (2, 7, 10)]  # batch, height, width; the last does not divide
+TOKENS, TEXT_WIDTH, TIME_DIM = 5, 6, 12
+TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
+
+# One of each type; all but the last of each direction halve or double.
+CONFIG = UNet2DConditionConfig(
+    block_out_channels=(8, 16, 8, 16),
+    norm_num_groups=4,
+    cross_attention_dim=TEXT_WIDTH,
+    time_embedding_dim=TIME_DIM,
+    down_block_types=(
+        "CrossAttnDownBlock2D",
+        "AttnDownBlock2D",
+        "ResnetDownsampleBlock2D",
+        "DownBlock2D",
+    ),
+    up_block_types=(
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "ResnetUpsampleBlock2D",
+        "AttnUpBlock2D",
+    ),
+    attention_head_dim=(2, 4, 2, 8),
+    layers_per_block=(2, 1, 1, 1),
+    transformer_layers_per_block=((1, 0), 1, 1, 1),
+    reverse_transformer_layers_per_block=(1, (0, 2), 1, 1),
+    only_cross_attention=(True, False, False, False),
+    resnet_out_scale_factor=1.5,
+)
+
+
+@functools.cache
+def quick_compilation():
+    """Compiler options for models that are tiny and run once: a quarter of the time."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.sin, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:  # later versions do not know the second one
+        del options["xla_cpu_use_fusion_emitters"]
+    return options
+
+
+def compiled(function):
+    return jax.jit(function, compiler_options=quick_compilation())
+
+
+def randomize(module):
+    """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
+    return module.eval()
+
+
+def array(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def to_torch(x):
+    torch = pytest.importorskip("torch")
+    return torch.tensor(x if x.ndim != 4 else x.transpose(0, 3, 1, 2).copy())
+
+
+def from_torch(x):
+    x = x.detach().numpy()
+    return x if x.ndim != 4 else x.transpose(0, 2, 3, 1)
+
+
+def params_of(torch_module, module, *inputs):
+    """The parameters of `torch_module` as `module` holds them; keys must agree exactly."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
+    return convert(tensors, transformer_keys_of_params(shapes["params"]))
+
+
+def with_weights_of(torch_module, module, *inputs):
+    """`module` with the parameters of `torch_module`, compiled."""
+    params = params_of(torch_module, module, *inputs)
+    return compiled(functools.partial(module.apply, {"params": params}))
+
+
+def assert_close(ours, reference):
+    reference = from_torch(reference)
+    assert ours.shape == reference.shape
+    assert np.abs(ours - reference).max() <= TOLERANCE * np.abs(reference).max()
+
+
+# Layers
+
+
+@pytest.mark.torch_oracle
+@pytest.mark.parametrize("old", [(3, 4), (1, 5), (6, 2)])
+@pytest.mark.parametrize("new", [(6, 8), (7, 9), (5, 7), (11, 4)])
+def test_resizing_agrees_with_torch(old, new):
+    torch = pytest.importorskip("torch")
+    x = array(1, *old, 2)
+    theirs = torch.nn.functional.interpolate(to_torch(x), size=new, mode="nearest")
+    assert np.array_equal(resize_nearest(x, new), from_torch(theirs))
+
+
+@pytest.mark.torch_oracle
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (7, 6)])
+def test_upsampling_to_a_size_agrees_with_diffusers(size):
+    pytest.importorskip("torch")
+    from diffusers.models.upsampling import Upsample2D
+
+    theirs, x = randomize(Upsample2D(8, use_conv=True)), array(2, 4, 3, 8)
+    shapes = jax.eval_shape(lambda key: Upsample().init(key, x, size), jax.random.key(0))
+    tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    params = convert(tensors, transformer_keys_of_params(shapes["params"]))
+    assert_close(Upsample().apply({"params": params}, x, size), theirs(to_torch(x), size))
+
+
+# Blocks
+
+
+@functools.cache
+def reference_blocks():
+    pytest.importorskip("torch")
+    import diffusers
+
+    return randomize(diffusers.UNet2DConditionModel.from_config(CONFIG.to_diffusers()))
+
+
+@pytest.mark.torch_oracle
+@pytest.mark.parametrize("level", range(4))
+def test_down_blocks_agree_with_diffusers(level):
+    theirs, plan = reference_blocks().down_blocks[level], down_plan(CONFIG)[level]
+    crosses = plan.attention == "cross"
+    channels = CONFIG.block_out_channels[max(level - 1, 0)]
+    for b, h, w in SHAPES:
+        if plan.resample == "resnet":
+            h, w = h + h % 2, w + w % 2  # the mean of 2x2 pixels needs even sizes
+        x, time = array(b, h, w, channels), array(b, TIME_DIM)
+        text = (array(b, TOKENS, TEXT_WIDTH, seed=1),) if crosses else ()
+        ours = with_weights_of(theirs, DownBlock(CONFIG, plan), x, time, *text)(x, time, *text)
+        kept = theirs(to_torch(x), to_torch(time), *map(to_torch, text))[1]
+        for output, expected in zip(ours, kept, strict=True):
+            assert_close(output, expected)
+
+
+@pytest.mark.torch_oracle
+@pytest.mark.parametrize("level", range(4))
+def test_up_blocks_agree_with_diffusers(level):
+    theirs, plan = reference_blocks().up_blocks[level], up_plan(CONFIG)[level]
+    channels = CONFIG.block_out_channels[::-1]
+    widths = [plan.features] * (len(plan.depths) - 1) + [channels[min(level + 1, 3)]]
+    sized = plan.resample == "conv" and plan.attention != "self"  # as diffusers has it
+    for (b, h, w), odd in zip(SHAPES, (0, 0, 1), strict=True):
+        x, time = array(b, h, w, channels[max(level - 1, 0)]), array(b, TIME_DIM)
+        skips = [array(b, h, w, c, seed=i) for i, c in enumerate(widths)]
+        text, kwargs = None, {}
+        if plan.attention == "cross":
+            text = array(b, TOKENS, TEXT_WIDTH, seed=1)
+            kwargs["encoder_hidden_states"] = to_torch(text)
+        size = (2 * h - odd, 2 * w) if sized else None
+        if sized:
+            kwargs["upsample_size"] = size
+        block = UpBlock(CONFIG, plan)
+        apply = functools.partial(block.apply, size=size)
+        params = params_of(theirs, block, x, skips, time, text)
+        kept = tuple(to_torch(skip) for skip in reversed(skips))
+        expected = theirs(to_torch(x), kept, to_torch(time), **kwargs)
+        assert_close(compiled(apply)({"params": params}, x, skips, time, text), expected)
+
+
+@pytest.mark.torch_oracle
+@pytest.mark.parametrize("kind", ["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"])
+def test_mid_blocks_agree_with_diffusers(kind):
+    pytest.importorskip("torch")
+    import diffusers
+
+    config = dataclasses.replace(
+        CONFIG, mid_block_type=kind, mid_block_scale_factor=1.5, only_cross_attention=True
+    )
+    theirs = diffusers.UNet2DConditionModel.from_config(config.to_diffusers()).mid_block
+    theirs, plan = randomize(theirs), mid_plan(config)
+    for b, h, w in SHAPES:
+        x, time = array(b, h, w, 16), array(b, TIME_DIM)
+        text = () if plan.attention is None else (array(b, TOKENS, TEXT_WIDTH, seed=1),)
+        ours = with_weights_of(theirs, MidBlock(config, plan), x, time, *text)
+        kwargs = {"encoder_hidden_states": to_torch(text[0])} if text else {}
+        assert_close(ours(x, time, *text), theirs(to_torch(x), to_torch(time), **kwargs))
