@@ -1,4 +1,6 @@
-"""DDIM and DDPM, each a table of coefficients for the update in `linear_sampler`.
+"""What a pipeline asks of a sampler, DDIM and DDPM, and all samplers by their diffusers class.
+
+DDIM and DDPM are tables of coefficients for the update in `linear_sampler`.
 
 With `a` and `a'` for alpha_bar at this and at the next step, DDIM is (Song et al., equations
 12 and 16)
@@ -10,7 +12,7 @@ and DDPM, with `beta = 1 - a / a'` (Ho et al., equation 7),
 
     x_prev = sqrt(a') beta / (1 - a) x_0 + sqrt(a / a') (1 - a') / (1 - a) x_t + std z
 
-Adding a sampler: one class that meets `Sampler`, and a line in `_SAMPLERS`.
+Adding a sampler: one class that meets `Sampler` in a file of its own, and a line in `_SAMPLERS`.
 
 References:
   Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239.
@@ -30,7 +32,12 @@ import numpy as np
 
 from qjax.core.steps import TableKey
 from qjax.core.typing import Array, Float
-from qjax.models.linear_sampler import LinearSampler, Row
+from qjax.models.dpm_solver import DPMSolver
+from qjax.models.euler import Euler, EulerAncestral
+from qjax.models.lcm import LCM
+from qjax.models.linear_sampler import VARIANCES, LinearSampler
+from qjax.models.pndm import PNDM
+from qjax.models.sampler_settings import Row, SamplerSettings
 
 __all__ = ["DDIM", "DDPM", "Row", "Sampler", "correct_prediction", "sampler_from_diffusers"]
 
@@ -42,14 +49,17 @@ class Sampler(Protocol):
     """What a pipeline asks of a sampler: frozen, hashable settings and these methods."""
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """The timestep of every call of the network, `[s]`, falling."""
+        """The timestep of every call of the network, `[s]`, never rising."""
         ...
 
     def rows(self, steps: int, *, eta: float = 0.0) -> dict[str, np.ndarray]:
-        """The coefficients of every step, each `[s]`.
+        """The coefficients of every call of the network, each `[s]`; s may differ from `steps`.
 
-        Every sampler has `t`, the timestep, `noise_std`, 0 where a step adds no noise, and
-        `prediction_gain`, the derivative of the next sample by the prediction.
+        Every sampler has `t`, the timestep (int32, or float32 where it visits fractional
+        ones), `noise_std`, 0 where a step adds no noise, and `prediction_gain`, the
+        derivative of the next sample by this call's prediction, nothing being clipped. One
+        that begins with other than standard normal noise has `init_scale` as well, the same
+        in all rows: the factor from `x_T` to the first sample.
         """
         ...
 
@@ -94,6 +104,10 @@ class DDIM(LinearSampler):
     set_alpha_to_one: bool = True
     """Whether the last step ends at alpha_bar = 1, or at alpha_bar[0] as latent diffusion."""
 
+    def timesteps(self, steps: int) -> np.ndarray:
+        """The timesteps visited in `steps` steps, int64 `[s]`, falling."""
+        return self._spaced(steps)
+
     def rows(self, steps: int, *, eta: float = 0.0) -> dict[str, np.ndarray]:
         """The coefficients of every step, each `[s]`.
 
@@ -117,6 +131,7 @@ class DDIM(LinearSampler):
         a_prev = np.where(previous >= 0, self.schedule.alpha_bar[previous], final)
         variance = eta**2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
         return self._rows(
+            t,
             a,
             mean_from_x0=np.sqrt(a_prev),
             mean_from_x=np.zeros(steps),
@@ -128,13 +143,7 @@ class DDIM(LinearSampler):
         self, steps: int, *, eta: float = 0.0, guidance_scale: float | None = None
     ) -> TableKey:
         """The settings of a run, as the entries of a step table are compared with them."""
-        return TableKey(
-            timesteps=tuple(self.timesteps(steps).tolist()),
-            sampler=self.name,
-            eta=float(eta),
-            guidance_scale=1.0 if guidance_scale is None else float(guidance_scale),
-            prediction_type=self.prediction_type,
-        )
+        return self._key(steps, guidance_scale, eta=float(eta))
 
     def noise_scale(self, row: Row, variance: Array | None) -> Array:
         """The row's; a variance the network has learned has no part in DDIM."""
@@ -151,12 +160,17 @@ class DDPM(LinearSampler):
 
     name: ClassVar[str] = "ddpm"
     diffusers_class: ClassVar[str] = "DDPMScheduler"
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"variance_type": VARIANCES}
 
     variance_type: str = "fixed_small"
     """Variance of the noise, one of `VARIANCES`: the posterior's (small), beta (large), or
     from the network's second c channels, as they are (learned) or as the place between the
     two in the logarithm (learned_range). A `_log` type is the same number as its plain twin;
     diffusers takes the root of a logarithm for `fixed_large_log` and gives NaN."""
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """The timesteps visited in `steps` steps, int64 `[s]`, falling."""
+        return self._spaced(steps)
 
     def rows(self, steps: int, *, eta: float = 0.0) -> dict[str, np.ndarray]:
         """The coefficients of every step, each `[s]`.
@@ -190,18 +204,13 @@ class DDPM(LinearSampler):
         }
         if self.variance_type == "learned_range":
             own |= {"log_variance_min": np.log(small), "log_variance_max": np.log(beta)}
-        return self._rows(a, **own)
+        return self._rows(t, a, **own)
 
     def table_key(
         self, steps: int, *, eta: float = 0.0, guidance_scale: float | None = None
     ) -> TableKey:
         """The settings of a run, without `eta`."""
-        return TableKey(
-            timesteps=tuple(self.timesteps(steps).tolist()),
-            sampler=self.name,
-            guidance_scale=1.0 if guidance_scale is None else float(guidance_scale),
-            prediction_type=self.prediction_type,
-        )
+        return self._key(steps, guidance_scale)
 
     def noise_scale(self, row: Row, variance: Array | None) -> Array:
         """The row's, times what the network says where the variance is learned.
@@ -262,13 +271,13 @@ def correct_prediction(
     )
 
 
-_SAMPLERS: dict[str, type[DDIM | DDPM]] = {
-    "DDIMScheduler": DDIM,
-    "DDPMScheduler": DDPM,
+_SAMPLERS: dict[str, type[SamplerSettings]] = {
+    sampler.diffusers_class: sampler
+    for sampler in (DDIM, DDPM, PNDM, Euler, EulerAncestral, DPMSolver, LCM)
 }
 
 
-def sampler_from_diffusers(config: Mapping[str, Any]) -> DDIM | DDPM:
+def sampler_from_diffusers(config: Mapping[str, Any]) -> SamplerSettings:
     """The sampler that a diffusers `scheduler_config.json` describes.
 
     Raises:

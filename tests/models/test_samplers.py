@@ -14,6 +14,7 @@ import pytest
 
 from qjax.core.steps import TableKey
 from qjax.models.linear_sampler import VARIANCES
+from qjax.models.pndm import PNDM
 from qjax.models.samplers import DDIM, DDPM, Sampler, correct_prediction, sampler_from_diffusers
 from qjax.models.schedules import PREDICTION_TYPES, Schedule
 
@@ -372,8 +373,9 @@ def test_ddim_reads_the_config_of_a_pndm_scheduler():
     sampler = DDIM.from_diffusers(config)
     assert sampler.schedule == Schedule.scaled_linear()
     assert sampler.timesteps(20)[0] == 951 and not sampler.set_alpha_to_one
-    with pytest.raises(ValueError, match="DDIMScheduler, DDPMScheduler; got 'PNDMScheduler'"):
-        sampler_from_diffusers(config)
+    assert isinstance(sampler_from_diffusers(config), PNDM)
+    with pytest.raises(ValueError, match="DDIMScheduler, DDPMScheduler, .*; got 'UniPC"):
+        sampler_from_diffusers({**config, "_class_name": "UniPCMultistepScheduler"})
 
 
 def test_unknown_settings_are_named_all_at_once():
