@@ -7,7 +7,8 @@ from the `"quant"` variable collection, at the layer's own path, where the sampl
 puts the current row of the step table.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from qjax.core.qtensor import QTensor
 from qjax.core.typing import Array, Float
 
 default_kernel_init = nn.initializers.lecun_normal()
+
+LOW_RANK = ("lora_down", "lora_up", "lora_scale")
+"""Leaves of a low-rank branch of rank r: `[..., i, r]` as the kernel, `[r, o]`, `[r]`."""
 
 
 def _kernel(module: nn.Module, init, shape: Sequence[int], param_dtype) -> Array | QTensor:
@@ -53,6 +57,15 @@ def _row(module: nn.Module, kernel: Array | QTensor) -> dict[str, Array]:
     return row
 
 
+def _low_rank(module: nn.Module, x: Array, y: Array, product: Callable[..., Array]) -> Array:
+    """`y` plus the layer's low-rank branch, `product` being the layer's own with a kernel."""
+    if not module.has_variable("params", LOW_RANK[0]):
+        return y
+    down, up, scale = (jnp.asarray(module.get_variable("params", name)) for name in LOW_RANK)
+    h = product(x, down.astype(x.dtype)) * scale.astype(x.dtype)
+    return y + ops.matmul(h, up.astype(x.dtype)).astype(y.dtype)
+
+
 class Dense(nn.Module):
     """`x @ kernel + bias` over the last axis, in float or at the kernel's low bits.
 
@@ -78,6 +91,7 @@ class Dense(nn.Module):
         if self.dtype is not None:
             x = x.astype(self.dtype)
         y = ops.matmul(x, kernel, row=_row(self, kernel))
+        y = _low_rank(self, x, y, ops.matmul)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
@@ -117,7 +131,8 @@ class Conv(nn.Module):
         if self.dtype is not None:
             x = x.astype(self.dtype)
         row = _row(self, kernel)
-        y = ops.conv(x, kernel, strides=self.strides, padding=self.padding, row=row)
+        conv = functools.partial(ops.conv, strides=self.strides, padding=self.padding)
+        y = _low_rank(self, x, conv(x, kernel, row=row), conv)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
