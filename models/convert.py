@@ -192,6 +192,7 @@ def save_component(
     targets: Mapping[str, Target],
     *,
     dtype: DTypeLike | None = None,
+    stem: str = STEM,
 ) -> None:
     """Write `config.json` and `diffusion_pytorch_model.safetensors`, as diffusers would.
 
@@ -204,6 +205,7 @@ def save_component(
       params: Float params.
       targets: The key table of the model.
       dtype: Float dtype to store, such as `np.float16`; None keeps the leaves'.
+      stem: Name of the weights without ending; "model" for text encoders.
 
     Raises:
       ValueError: As `to_checkpoint`; if `dtype` is no float dtype, or a value overflows it; if
@@ -214,13 +216,13 @@ def save_component(
     _check_dtype(dtype)
     text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
     entries = _entries(params, targets, dtype)
-    index = folder / f"{STEM}.safetensors.index.json"
+    index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         raise ValueError(f"{index} belongs to another checkpoint. Save to another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "config.json") as file:
         file.write(text.encode())
-        write_tensors(folder / f"{STEM}.safetensors", entries, {"format": "pt"})
+        write_tensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})
 
 
 def _group_by_path(targets: Mapping[str, Target]) -> dict[ParamPath, list[str]]:

@@ -1,11 +1,13 @@
 """convert: checkpoints as they are published -> a folder in the layout of diffusers.
 
-Two kinds are read: a folder that diffusers wrote (old attention names, shards and fp16 variants
-included), and a DiT in the layout of its authors, one safetensors file of a state dict. What
-is written is read back and must hold the same values, bit for bit.
+Three kinds are read: a folder that diffusers wrote (old attention names, shards and fp16
+variants included), and a DiT or a latent diffusion model in the layout of its authors, one file
+of a state dict, safetensors or a pickle (`qjax.models.pickles`). What is written is read back
+and must hold the same values, bit for bit.
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +19,20 @@ from qjax.api import locate
 from qjax.core.manifest import MANIFEST
 from qjax.core.safetensors_io import atomic_write, open_tensors
 from qjax.core.serialize import flatten, params_digest
+from qjax.models import original_checkpoints, pickles
 from qjax.models.convert import convert, save_component
 from qjax.models.denoisers import build_denoiser
 from qjax.models.dit import DiTConfig
 from qjax.models.dit_keys import ORIGINAL_CONSTANTS, is_original, original_config, original_keys
 from qjax.models.loading import INDEX, load_pipeline
+from qjax.models.loading_sides import write_sides
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import DDIM
 from qjax.models.schedules import Schedule
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 # What the loader reads for labels and the null class, which diffusers has no place for.
 ZOO_FILE = "zoo.json"
-COMPONENTS = {"DiTTransformer2DModel": "transformer", "UNet2DModel": "unet"}
+COMPONENTS = {"DiTTransformer2DModel": "transformer"}  # the others are a "unet"
 PIPELINES = {"DiTTransformer2DModel": "DiTPipeline"}
 
 # Heads of the authors' models by their width; no tensor shows them.
@@ -82,7 +85,8 @@ def convert_checkpoint(
     """Write the checkpoint `source` into the folder `out`, in the layout of diffusers.
 
     Args:
-      source: A diffusers folder, a hub id of one, or a safetensors file of an authors' DiT.
+      source: A diffusers folder, a hub id of one, or a file of an authors' DiT or latent
+        diffusion model: safetensors, or a pickle that holds nothing but tensors.
       out: A new folder.
       dtype: Float dtype to store; None keeps each tensor's own.
       num_heads: Attention heads of an authors' DiT whose width does not tell them.
@@ -90,22 +94,20 @@ def convert_checkpoint(
 
     Raises:
       FileNotFoundError: If there is nothing of that name.
-      ValueError: If `source` is a pickle, of another kind, or does not hold the whole model; if
-        what was written does not read back as it should.
+      ValueError: If `source` is of another kind, or does not hold the whole model; if what was
+        written does not read back as it should.
     """
     path = Path(source)
-    if path.suffix.lower() in PICKLES:
-        raise ValueError(
-            f"{path} is a pickle, which can run code when it is read. Where you trust it: "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), "
-            "'model.safetensors'), then convert that."
-        )
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    if path.is_file():
-        pipe, left_out = _read_original(path, dtype, num_heads, on_tensor)
-        layout = "one safetensors file in the layout of DiT's authors"
-        notes = (FREQUENCIES,)
+    if path.suffix.lower() in pickles.SUFFIXES:
+        with tempfile.TemporaryDirectory(prefix="qjax-") as scratch:
+            read = Path(scratch, f"{path.stem}.safetensors")
+            notes = pickles.to_safetensors(path, read)
+            pipe, layout, left_out, more = _read_file(read, dtype, num_heads, on_tensor)
+        notes += more
+    elif path.is_file():
+        pipe, layout, left_out, notes = _read_file(path, dtype, num_heads, on_tensor)
     else:
         folder, name = locate(source)
         if (folder / MANIFEST).exists():
@@ -123,15 +125,30 @@ def convert_checkpoint(
     return _account(pipe, out, layout, left_out, notes)
 
 
-def _read_original(
+def _read_file(
+    path: Path, dtype: Any, num_heads: int | None, on_tensor: Progress | None
+) -> tuple[Pipeline, str, tuple[str, ...], tuple[str, ...]]:
+    """Pipeline, layout in words, keys left out and notes of an authors' file."""
+    tensors = open_tensors(path)
+    if original_checkpoints.is_latent_diffusion(tensors):
+        pipe, kind, left = original_checkpoints.read(
+            tensors, name=path.stem, dtype=dtype, on_tensor=on_tensor
+        )
+        return pipe, f"one file in the layout of latent diffusion's authors: {kind}", left, ()
+    pipe, left = _read_dit(path, dtype, num_heads, on_tensor)
+    return pipe, "one file in the layout of DiT's authors", left, (FREQUENCIES,)
+
+
+def _read_dit(
     path: Path, dtype: Any, num_heads: int | None, on_tensor: Progress | None
 ) -> tuple[Pipeline, tuple[str, ...]]:
     """A pipeline of diffusers' DiT with the weights of an authors' file."""
     tensors = open_tensors(path)
     if not is_original(tensors):
         raise ValueError(
-            f"{path} is not in the layout of DiT's authors: it has no x_embedder.proj.weight. A "
-            f"model in diffusers' layout is converted as a folder with {INDEX}."
+            f"{path} is in the layout neither of DiT's authors (it has no x_embedder.proj.weight) "
+            "nor of latent diffusion's (no model.diffusion_model). A model in diffusers' layout "
+            f"is converted as a folder with {INDEX}."
         )
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     width = shapes["x_embedder.proj.weight"][0]
@@ -171,7 +188,7 @@ def write_folder(pipe: Pipeline, out: Path) -> None:
     if pipe.source is None:
         raise ValueError("A pipeline can be written if its source says which network it runs.")
     class_name = pipe.source.model
-    component = COMPONENTS[class_name]
+    component = COMPONENTS.get(class_name, "unet")
     denoiser = build_denoiser(class_name, pipe.source.config)
     save_component(out / component, pipe.source.config, pipe.params, denoiser.targets)
     scheduler = pipe.sampler.to_diffusers()
@@ -181,7 +198,7 @@ def write_folder(pipe: Pipeline, out: Path) -> None:
         component: ["diffusers", class_name],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    _write_json(out / INDEX, index)
+    _write_json(out / INDEX, index | write_sides(pipe, out))
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

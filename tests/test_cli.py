@@ -218,7 +218,7 @@ BAD = {
     "no such config": (["plan", MODEL, "--config", "c.yaml"], "no config file c.yaml"),
     "compare with nothing": (["compare", MODEL, "nosuch"], "'nosuch' is no model of the zoo"),
     "compare one": (["compare", MODEL], "the following arguments are required: MODEL_B"),
-    "a pickle": (["convert", "m.ckpt", "--out", "out"], "is a pickle", "safetensors.torch"),
+    "a pickle": (["convert", "m.ckpt", "--out", "out"], "There is no file m.ckpt"),
     "no checkpoint": (["convert", "nosuch", "--out", "out"], "'nosuch' is no model of the zoo"),
 }
 

@@ -222,7 +222,9 @@ def test_nothing_that_is_read_can_run_code(name):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             pickled = any(keyword.arg == "allow_pickle" for keyword in node.keywords)
-            if called in calls or pickled:
+            # The restricted reader, in the one place that runs in another process.
+            safe = name == "qjax.models.pickles" and "weights_only=True" in ast.unparse(node)
+            if (called in calls and not safe) or pickled:
                 found.append(f"line {node.lineno}: {called}")
     assert found == []
 
