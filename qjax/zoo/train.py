@@ -1,19 +1,9 @@
 """Train the zoo: `python -m qjax.zoo.train fashion-dit --out runs/fashion-dit`.
 
-Diffusion models minimise the mean squared error of the predicted noise,
-
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise,
-
-with t stratified over the batch and the label replaced by the null class in one case of
-ten, so that one net gives the conditional and the unconditional prediction that guidance
-needs. The weights that ship are an exponential moving average. The batch and the noise of
-a step depend on the seed and the step's number alone, so a run that was interrupted goes on
-where it stopped, from the last checkpoint under `--out`.
-
-References:
-  Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239,
-  algorithm 1; Ho and Salimans, Classifier-Free Diffusion Guidance, 2022,
-  https://arxiv.org/abs/2207.12598, algorithm 1.
+What each model minimises is in `losses.py`. The weights that ship are an exponential moving
+average. The batch and the noise of a step depend on the seed and the step's number alone, so
+a run that was interrupted goes on where it stopped, from the last checkpoint under `--out`.
+The latent models need the autoencoder: `fashion-vae` comes before `fashion-ldm`.
 """
 
 import argparse
@@ -34,9 +24,12 @@ from flax import linen as nn
 from rich.progress import Progress
 
 from qjax.core.typing import Array, Params, PRNGKeyArray
-from qjax.models.features import FeatureNet, FeatureNetConfig
+from qjax.models.autoencoder_kl import AutoencoderKL
+from qjax.models.features import FeatureNet
 from qjax.zoo.data import DEFAULT_FOLDER, fashion_mnist, to_float
-from qjax.zoo.models import NULL_LABEL, SCHEDULE, build
+from qjax.zoo.latents import draw_latents, encode_images, load_autoencoder
+from qjax.zoo.losses import Loss, autoencoder_loss, classifier_loss, diffusion_loss
+from qjax.zoo.models import PREDICTION_TYPES, SCHEDULE, build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +60,15 @@ class TrainConfig:
 RUNS = {
     "fashion-dit": TrainConfig(steps=4500, learning_rate=1.5e-3),
     "fashion-unet": TrainConfig(steps=10000, batch=64, learning_rate=2e-3),
+    "fashion-vae": TrainConfig(steps=2500, batch=64, learning_rate=2e-3, ema=0.998),
+    "fashion-ldm": TrainConfig(steps=5000, learning_rate=1.5e-3),
+    "fashion-ldm-v": TrainConfig(steps=5000, learning_rate=1.5e-3),
     "fashion-features": TrainConfig(steps=3000, learning_rate=2e-3, ema=0.998),
 }
+
+
+ZOO = Path(__file__).parent
+AUTOENCODER = ZOO / "fashion-ldm" / "vae"
 
 
 class State(NamedTuple):
@@ -80,43 +80,50 @@ class State(NamedTuple):
     optimizer: Any
 
 
-Loss = Callable[[Params, PRNGKeyArray, Array, Array], Array]
+class Task(NamedTuple):
+    """A model, its first weights, what it minimises and what it learns from."""
+
+    model: nn.Module
+    params: Params
+    loss: Loss
+    data: Array
 
 
-def diffusion_loss(model: nn.Module, alpha_bar: Array, config: TrainConfig) -> Loss:
-    """Mean squared error of the predicted noise on a batch of bytes and labels."""
+def make_task(
+    name: str, config: TrainConfig, images: np.ndarray, *, autoencoder: Path | None = None
+) -> Task:
+    """The task `name` on images given as bytes.
 
-    def loss(params: Params, key: PRNGKeyArray, images: Array, labels: Array) -> Array:
-        t_key, noise_key, drop_key = jax.random.split(key, 3)
-        b = images.shape[0]
-        strata = (jnp.arange(b, dtype=jnp.float32) + jax.random.uniform(t_key, (b,))) / b
-        t = jnp.floor(strata * alpha_bar.size).astype(jnp.int32)
-        a = alpha_bar[t][:, None, None, None]
-        noise = jax.random.normal(noise_key, images.shape)
-        x_t = jnp.sqrt(a) * to_float(images) + jnp.sqrt(1 - a) * noise
-        dropped = jax.random.bernoulli(drop_key, config.label_dropout, (b,))
-        labels = jnp.where(dropped, NULL_LABEL, labels)
-        prediction = jnp.asarray(model.apply({"params": params}, x_t, t, labels))
-        return jnp.mean(jnp.square(prediction - noise))
-
-    return loss
-
-
-def classifier_loss(model: FeatureNet) -> Loss:
-    """Cross-entropy on images that are mirrored, shifted by up to two pixels, a little noisy."""
-
-    def loss(params: Params, key: PRNGKeyArray, images: Array, labels: Array) -> Array:
-        flip_key, shift_key, noise_key = jax.random.split(key, 3)
-        flipped = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
-        shift = jax.random.randint(shift_key, (2,), -2, 3)
-        x = jnp.where(flipped, images[:, :, ::-1], images)
-        x = jnp.roll(to_float(x), shift, axis=(1, 2)) / 2 + 0.5
-        x = x + 0.02 * jax.random.normal(noise_key, x.shape)
-        logits, _ = model.apply({"params": params}, x)
-        smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), 0.1)
-        return jnp.mean(optax.softmax_cross_entropy(logits, smooth))
-
-    return loss
+    Args:
+      name: A model of the zoo.
+      config: Settings.
+      images: The training images.
+      autoencoder: Folder of the trained autoencoder, for the latent models.
+    """
+    model, key = build(name), jax.random.key(config.seed)
+    first = to_float(jnp.asarray(images[:1]))
+    nothing = jnp.zeros((1,), jnp.int32)
+    if isinstance(model, FeatureNet):
+        params = model.init(key, first)["params"]
+        return Task(model, params, classifier_loss(model), jnp.asarray(images))
+    if isinstance(model, AutoencoderKL):
+        params = model.init(key, first)["params"]
+        return Task(model, params, autoencoder_loss(model), jnp.asarray(images))
+    draw: Callable[[PRNGKeyArray, Array], Array] = lambda key, batch: to_float(batch)
+    data = images
+    if name in PREDICTION_TYPES:
+        assert autoencoder is not None
+        data, draw = encode_images(*load_autoencoder(autoencoder), images), draw_latents
+        first = draw_latents(key, jnp.asarray(data[:1]))
+    loss = diffusion_loss(
+        model,
+        SCHEDULE,
+        draw=draw,
+        label_dropout=config.label_dropout,
+        prediction_type=PREDICTION_TYPES.get(name, "epsilon"),
+    )
+    params = model.init(key, first, nothing, nothing)["params"]
+    return Task(model, params, loss, jnp.asarray(data))
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig):
@@ -126,11 +133,11 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, images: Array, labels: Array, key: PRNGKeyArray):
+    def step(state: State, data: Array, labels: Array, key: PRNGKeyArray):
         batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-        index = jax.random.randint(batch_key, (config.batch,), 0, images.shape[0])
+        index = jax.random.randint(batch_key, (config.batch,), 0, data.shape[0])
         value, gradient = jax.value_and_grad(loss)(
-            state.params, loss_key, images[index], labels[index]
+            state.params, loss_key, data[index], labels[index]
         )
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, update)
@@ -143,26 +150,21 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
 
 
 def train(
-    name: str, *, out: Path, config: TrainConfig, folder: Path = DEFAULT_FOLDER
+    name: str,
+    *,
+    out: Path,
+    config: TrainConfig,
+    folder: Path = DEFAULT_FOLDER,
+    autoencoder: Path = AUTOENCODER,
 ) -> tuple[nn.Module, Params]:
     """Train the zoo model `name` and return its module and averaged weights.
 
     Writes a checkpoint under `out` every `checkpoint_every` steps and one JSON line to
     `out/log.jsonl` every 100; starts from the newest checkpoint found there.
     """
-    images, labels = (jnp.asarray(a) for a in fashion_mnist("train", folder=folder))
-    key = jax.random.key(config.seed)
-    if name == "fashion-features":
-        classifier = FeatureNet(FeatureNetConfig())
-        model: nn.Module = classifier
-        loss = classifier_loss(classifier)
-        params = model.init(key, to_float(images[:1]))["params"]
-    else:
-        model = build(name)
-        loss = diffusion_loss(model, jnp.asarray(SCHEDULE.alpha_bar, jnp.float32), config)
-        params = model.init(
-            key, to_float(images[:1]), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32)
-        )["params"]
+    images, classes = fashion_mnist("train", folder=folder)
+    key, labels = jax.random.key(config.seed), jnp.asarray(classes)
+    model, params, loss, data = make_task(name, config, images, autoencoder=autoencoder)
 
     warmup = min(config.warmup, config.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
@@ -180,7 +182,7 @@ def train(
             bar = progress.add_task(name, total=config.steps, completed=int(state.step))
             start, recent = time.monotonic(), []
             while (number := int(state.step)) < config.steps:
-                state, value = step(state, images, labels, key)
+                state, value = step(state, data, labels, key)
                 recent.append(value)
                 progress.advance(bar)
                 if (number + 1) % 100 == 0:
@@ -203,6 +205,9 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(RUNS))
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log")
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of idx files")
+    parser.add_argument(
+        "--autoencoder", type=Path, default=AUTOENCODER, help="its folder, for the latent models"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as shipped)")
     parser.add_argument("--batch", type=int, help="images a step (default: as shipped)")
     parser.add_argument("--publish", type=Path, help="folder to write the model into")
@@ -210,11 +215,14 @@ def main() -> None:
     changes = {key: getattr(args, key) for key in ("steps", "batch") if getattr(args, key)}
     config = dataclasses.replace(RUNS[args.name], **changes)
     args.out.mkdir(parents=True, exist_ok=True)
-    model, params = train(args.name, out=args.out, config=config, folder=args.data)
+    model, params = train(
+        args.name, out=args.out, config=config, folder=args.data, autoencoder=args.autoencoder
+    )
     from qjax.zoo.publish import publish
 
-    folder = args.publish or Path(__file__).parent / args.name
-    publish(args.name, model, params, folder, data=args.data)
+    default = AUTOENCODER if args.name == "fashion-vae" else ZOO / args.name
+    folder = args.publish or default
+    publish(args.name, model, params, folder, data=args.data, autoencoder=args.autoencoder)
 
 
 if __name__ == "__main__":

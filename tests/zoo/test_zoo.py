@@ -189,8 +189,8 @@ def test_the_command_line_trains_and_publishes(name, data, tmp_path, monkeypatch
 
 
 def test_settings_of_every_model_are_there():
-    assert set(train.RUNS) == {"fashion-dit", "fashion-unet", "fashion-features"}
-    with pytest.raises(ValueError, match="fashion-dit, fashion-unet; got 'mnist'"):
+    assert train.RUNS.keys() == zoo_models.MODELS.keys()
+    with pytest.raises(ValueError, match="fashion-dit, .*; got 'mnist'"):
         zoo_models.build("mnist")
 
 
@@ -228,7 +228,7 @@ def test_a_published_classifier_comes_with_the_statistics_of_real_features(
 
 
 def test_only_models_of_the_zoo_are_published(tmp_path):
-    with pytest.raises(TypeError, match="The zoo holds DiT, UNet2DModel and FeatureNet"):
+    with pytest.raises(TypeError, match="The zoo holds fashion-dit"):
         publish("mine", zoo_models.SCHEDULE, {}, tmp_path / "mine")
 
 
