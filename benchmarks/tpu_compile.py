@@ -58,13 +58,13 @@ def compile_step(params: Any, config: DiTConfig, batch: int, device: Any) -> dic
     predict = functools.partial(
         guided_prediction,
         apply,
-        null_label=config.num_classes,
         guidance_scale=GUIDANCE_SCALE,
         guidance_channels=3,
     )
 
     def step(params, row, x_t, labels):
-        prediction = predict({"params": params}, x_t, row["t"], labels)
+        null_labels = jnp.full_like(labels, config.num_classes)
+        prediction = predict({"params": params}, x_t, row["t"], labels, null_labels)
         x_prev, _ = SAMPLER.step(row, (), x_t, prediction, jnp.zeros_like(x_t))
         return x_prev
 

@@ -22,7 +22,7 @@ EDGES = (
         reason="next to the pixels: few weights, and its error reaches every pixel",
     ),
     Rule(
-        pattern=r"(.*/)?(conditioning|time_embedding|time_proj|class_embedding)/.*kernel",
+        pattern=r"(.*/)?(conditioning|time_embedding|time_proj|class_embedding|add_embedding)/.*kernel",
         reason="embeds time and class: few weights, and its error reaches every layer",
     ),
 )

@@ -1,13 +1,15 @@
-"""Bytes of DiT-XL/2 at full size in 4 bits, and the memory that quantizing it takes.
+"""Bytes of a model at full size in 4 bits, and the memory that quantizing it takes.
 
-    python benchmarks/dit_xl_size.py
+    python benchmarks/full_size.py dit_xl_2
+    python benchmarks/full_size.py sdxl --method minmax
 
-One process makes a checkpoint: diffusers' own `DiTTransformer2DModel` with random weights, the
-embedder of block 0 copied to all blocks as in the published checkpoint, saved in float16. A
-second one loads it with `qjax.load(folder, quantize=...)`, which quantizes every tensor as it
-is read, and saves the result. Memory is `ru_maxrss` at the end of the load less that before
-it, all modules imported and JAX started: what the process took at its peak. Results go to
-`benchmarks/results/dit_xl_size.json`. Needs torch and about 5 GB of disk and memory.
+One process makes a checkpoint: diffusers' own class with random weights, saved in float16; of
+DiT the embedder of block 0 is copied to all blocks, as in the published checkpoint. A second one
+loads it with `qjax.load(folder, quantize=...)`, which quantizes every tensor as it is read, and
+saves the result. Memory is `ru_maxrss` at the end of the load less that before it, all modules
+imported and JAX started: what the process took at its peak. Results go to
+`benchmarks/results/full_size_MODEL.json`. Needs torch; DiT-XL/2 about 5 GB of disk and memory,
+the UNet of Stable Diffusion XL 8 GB of disk and 11 GB of memory.
 """
 
 import argparse
@@ -34,33 +36,46 @@ from qjax.models.denoisers import abstract_params, build_denoiser
 from qjax.models.dit import DiTConfig
 from qjax.models.samplers import DDIM
 from qjax.models.schedules import Schedule
+from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 
 SAMPLER = DDIM(schedule=Schedule.linear(1000, 1e-4, 0.02), clip_sample=False)
 
 
 def config(method: str) -> QuantConfig:
-    """The rules of `w4a16` (W4, symmetric, groups of 128), by the given method."""
+    """The rules of `w4a16` (W4, symmetric, groups of 128 or 64), by the given method."""
     quant = recipes.w4a16().quant
     assert quant.weight is not None and quant.weight.symmetric
-    weight = dataclasses.replace(quant.weight, method=method, group_size=128)
+    weight = dataclasses.replace(quant.weight, method=method)
     return dataclasses.replace(quant, weight=weight)
 
 
-def make_checkpoint(folder: Path, sizes: DiTConfig) -> None:
-    """Write a pipeline in the layout of diffusers, its transformer by diffusers itself."""
+def config_of(model: str, layers: int | None) -> DiTConfig | UNet2DConditionConfig:
+    """The published sizes, or fewer blocks of DiT to try it out."""
+    if model == "sdxl":
+        return UNet2DConditionConfig.sdxl()
+    sizes = DiTConfig.dit_xl_2()
+    return sizes if layers is None else dataclasses.replace(sizes, num_layers=layers)
+
+
+def make_checkpoint(folder: Path, sizes: DiTConfig | UNet2DConditionConfig) -> None:
+    """Write a pipeline in the layout of diffusers, its denoiser by diffusers itself."""
+    import diffusers
     import torch
-    from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
     options = {k: v for k, v in sizes.to_diffusers().items() if not k.startswith("_")}
-    model = DiTTransformer2DModel(**options)
-    first = model.transformer_blocks[0].norm1.emb.state_dict()
-    for block in model.transformer_blocks[1:]:
-        block.norm1.emb.load_state_dict(first)
-    model.half().save_pretrained(folder / "transformer", safe_serialization=True)
+    name = sizes.to_diffusers()["_class_name"]
+    component = "transformer" if isinstance(sizes, DiTConfig) else "unet"
+    model = getattr(diffusers, name)(**options)
+    if component == "transformer":
+        first = model.transformer_blocks[0].norm1.emb.state_dict()
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(first)
+    model.save_pretrained(folder / component, safe_serialization=True, max_shard_size="20GB")
     index = {
-        "_class_name": "DiTPipeline",
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "_class_name": "Pipeline",
+        component: ["diffusers", name],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -90,15 +105,19 @@ def measure(folder: Path, saved: Path, method: str) -> dict[str, Any]:
     }
 
 
-def planned(sizes: DiTConfig, method: str) -> dict[str, int]:
-    """What the plan says: 16-bit and quantized bytes, and with the last adaLN in 16 bits."""
-    shapes = abstract_params(build_denoiser("DiTTransformer2DModel", sizes.to_diffusers()))
+def planned(sizes: DiTConfig | UNet2DConditionConfig, method: str) -> dict[str, int]:
+    """What the plan says: 16-bit and quantized bytes, of DiT with the last adaLN in 16 bits too."""
+    described = sizes.to_diffusers()
+    shapes = abstract_params(build_denoiser(described["_class_name"], described))
     quant = config(method)
+    before, after = plan(shapes, quant).bytes_before, plan(shapes, quant).bytes_after
+    if not isinstance(sizes, DiTConfig):
+        return {"float16_bytes": before, "planned_bytes": after}
     rule = Rule(pattern="final_modulation/kernel")
     kept = dataclasses.replace(quant, rules=(*quant.rules, rule))
     return {
-        "float16_bytes": plan(shapes, quant).bytes_before,
-        "planned_bytes": plan(shapes, quant).bytes_after,
+        "float16_bytes": before,
+        "planned_bytes": after,
         "planned_bytes_final_modulation_16_bit": plan(shapes, kept).bytes_after,
     }
 
@@ -114,7 +133,7 @@ def _live_bytes() -> int:
 
 
 def _weights(folder: Path) -> Path:
-    (path,) = (folder / "transformer").glob("*.safetensors")
+    (path,) = folder.glob("*/*.safetensors")
     return path
 
 
@@ -128,30 +147,32 @@ def _alone(*arguments: str) -> str:
 def main() -> None:
     """Make, measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("dit_xl_2", "sdxl"))
     parser.add_argument("--method", choices=("minmax", "mse"), default="mse", help="of the ranges")
-    parser.add_argument("--layers", type=int, default=28, help="blocks; fewer to try it out")
+    parser.add_argument("--layers", type=int, help="blocks of DiT; fewer to try it out")
     parser.add_argument("--out", type=Path, help="where to write, instead of results/")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = dataclasses.replace(DiTConfig.dit_xl_2(), num_layers=args.layers)
+    sizes = config_of(args.model, args.layers)
     if args.make:
         make_checkpoint(args.make, sizes)
         return
     if args.measure:
         print(json.dumps(measure(*args.measure, args.method)))
         return
-    options = ("--layers", str(args.layers), "--method", args.method)
+    options = [args.model, "--method", args.method]
+    options += [] if args.layers is None else ["--layers", str(args.layers)]
     with tempfile.TemporaryDirectory() as scratch:
         folder, saved = Path(scratch, "float"), Path(scratch, "saved")
         folder.mkdir()
         _alone("--make", str(folder), *options)
         measured = json.loads(_alone("--measure", str(folder), str(saved), *options))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
-    row = {"model": "DiT-XL/2", "blocks": args.layers, "setting": "W4 symmetric, groups of 128"}
+    row = {"model": args.model, "layers": args.layers, "setting": "W4, groups of 128 or 64"}
     row |= measured | planned(sizes, args.method)
     print(json.dumps(row | versions, indent=1))
-    _timing.write("dit_xl_size", [row | versions], out=args.out)
+    _timing.write(f"full_size_{args.model}", [row | versions], out=args.out)
 
 
 if __name__ == "__main__":
