@@ -1,7 +1,8 @@
 """From a folder to a Pipeline: diffusers' layout, or the library's own (`saving.py`).
 
 A diffusers folder has `model_index.json` and a folder for each component (older ones keep all
-files in one). Both tell the class of the denoiser, and `denoisers.py` knows its port.
+files in one). The index tells the class of the denoiser and of the networks beside it, and
+`denoisers.py` and `components.py` know their ports.
 """
 
 import json
@@ -20,6 +21,7 @@ from qjax.core.quantize import plan, quantize_leaf
 from qjax.models.checkpoints import Checkpoint, load_checkpoint
 from qjax.models.convert import convert
 from qjax.models.denoisers import Denoiser, abstract_params, build_denoiser
+from qjax.models.loading_sides import load_sides, named_components
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import sampler_from_diffusers
 from qjax.models.saving import load_saved, method_name
@@ -62,22 +64,25 @@ def load_pipeline(
         if quantize is not None:
             raise ValueError(f"{folder} is a saved pipeline; load it, then quantize its params.")
         return load_saved(folder)
-    components = _components(folder)
+    index = _read_json(folder / INDEX)
+    components = named_components(index)
     part, class_name = _denoiser_of(folder, components)
-    left = sorted(
-        key
-        for key, (_, name) in components.items()
-        if key not in (part, "scheduler") and name is not None
+    sides = load_sides(
+        folder,
+        index,
+        {name: library for name, library in components.items() if name not in (part, "scheduler")},
+        dtype=dtype,
+        variant=variant,
+        on_tensor=on_tensor,
     )
-    if left:
+    if sides.left:
         warnings.warn(
-            f"{folder.name}: {', '.join(left)} not loaded; the pipeline works on latents, "
-            "output='latent'.",
+            f"{folder.name}: {', '.join(sides.left)} not loaded; there is no port of them.",
             stacklevel=3,
         )
     checkpoint = load_checkpoint(_component(folder, part, "config.json"), variant=variant)
     denoiser = build_denoiser(class_name, checkpoint.config)
-    fields = denoiser.fields | _zoo_fields(folder / "zoo.json")
+    fields = denoiser.fields | sides.fields | _zoo_fields(folder / "zoo.json")
     scheduler = _read_json(
         _component(folder, "scheduler", "scheduler_config.json") / "scheduler_config.json"
     )
@@ -107,7 +112,7 @@ def load_shapes(folder: Path | str) -> dict[str, Any]:
     folder = Path(folder)
     if (folder / MANIFEST).exists():
         return dict(load_saved(folder).params)
-    part, class_name = _denoiser_of(folder, _components(folder))
+    part, class_name = _denoiser_of(folder, named_components(_read_json(folder / INDEX)))
     config = _read_json(_component(folder, part, "config.json") / "config.json")
     return abstract_params(build_denoiser(class_name, config))
 
@@ -150,16 +155,7 @@ def _zoo_fields(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must have a null_label and labels.") from None
 
 
-def _components(folder: Path) -> dict[str, list[Any]]:
-    """Library and class of every component that the folder's index names."""
-    return {
-        key: value
-        for key, value in _read_json(folder / INDEX).items()
-        if isinstance(value, list) and len(value) == 2
-    }
-
-
-def _denoiser_of(folder: Path, components: Mapping[str, list[Any]]) -> tuple[str, str]:
+def _denoiser_of(folder: Path, components: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
     """Name and class of the one denoiser among the components."""
     found = [key for key in DENOISERS if key in components]
     if len(found) != 1:

@@ -1,8 +1,12 @@
-"""Pipeline: a denoiser, its parameters and a sampler, from labels and a key to images.
+"""Pipeline: a denoiser, its parameters and a sampler, from labels or prompts to images.
 
 One class for float and quantized models. The program (`sampling.sample`) is compiled once
-for each number of steps and batch: the parameters and the rows are arguments of it, so other
-parameters, another `eta` or another guidance scale run the program that is there.
+for each number of steps, batch and size: the parameters and the rows are arguments of it, so
+other parameters, another `eta`, guidance scale or prompt run the program that is there.
+
+What is beside the denoiser is in two parts. A conditioner makes what the network is told of
+labels or prompts, and a decoder makes images of latents; without them the network is told
+the labels themselves, and what is sampled are the images.
 """
 
 from __future__ import annotations
@@ -21,7 +25,16 @@ from jax.typing import ArrayLike
 
 from qjax.core.config import QuantConfig
 from qjax.core.steps import StepTable, TableKey
-from qjax.core.typing import Apply, Array, Float, Int, Params, PRNGKeyArray
+from qjax.core.typing import Apply, Array, Float, Params, PRNGKeyArray
+from qjax.models.conditioners import ClassConditioner, PromptConditioner
+from qjax.models.decoders import LatentDecoder
+from qjax.models.pipeline_inputs import (
+    broadcast_texts,
+    check_key,
+    check_labels,
+    check_sizes,
+    count_images,
+)
 from qjax.models.samplers import Sampler
 from qjax.models.sampling import (
     Trajectory,
@@ -36,9 +49,9 @@ __all__ = ["Pipeline", "Source", "Trajectory", "guided_prediction", "sample"]
 
 OUTPUTS = ("image", "latent")
 
-_SAMPLE_STATIC = ("apply", "sampler", "null_label", "guidance_channels", "return_trajectory")
+_SAMPLE_STATIC = ("apply", "sampler", "guidance_channels", "return_trajectory")
 _sample = jax.jit(sample, static_argnames=_SAMPLE_STATIC)
-_predict = jax.jit(guided_prediction, static_argnames=("apply", "null_label", "guidance_channels"))
+_predict = jax.jit(guided_prediction, static_argnames=("apply", "guidance_channels"))
 _draw_noise = jax.jit(draw_noise, static_argnames="shape")
 _image_keys = jax.jit(image_keys)
 
@@ -83,6 +96,13 @@ class Pipeline:
     """How many classes there are, null_label not counted; None if unknown or without."""
     guidance_channels: int | None = None
     """How many channels are guided; None for all."""
+    conditioner: ClassConditioner | PromptConditioner | None = None
+    """Makes what the network is told of labels or prompts; None: it is told the labels."""
+    decoder: LatentDecoder | None = None
+    """Makes images of samples; None: the samples are images."""
+    buckets: tuple[tuple[int, int], ...] | None = None
+    """Heights and widths in pixels that are drawn; other sizes are cut out of the smallest that
+    holds them, so that few programs serve many sizes. None draws every size as it is asked."""
     step_table: StepTable | None = None
     """What changes from step to step in a quantized model."""
     method: str | None = None
@@ -94,6 +114,8 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        if self.buckets is not None:
+            object.__setattr__(self, "buckets", tuple(tuple(size) for size in self.buckets))
         if len(self.shape) != 3 or any(n < 1 for n in self.shape):
             raise ValueError(f"shape must be (height, width, channels); got {self.shape}.")
         if not isinstance(self.sampler, Sampler):
@@ -152,6 +174,81 @@ class Pipeline:
         key = self.sampler.table_key(steps, eta=eta, guidance_scale=guidance_scale)
         return dataclasses.replace(key, method=self.method)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the pipeline takes prompts, and not labels."""
+        return self.conditioner is not None and not isinstance(self.conditioner, ClassConditioner)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels, unless another size is asked for."""
+        factor = 1 if self.decoder is None else self.decoder.factor
+        return self.shape[0] * factor, self.shape[1] * factor
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        channels = self.shape[-1] if self.decoder is None else self.decoder.channels
+        return (*self.size, channels)
+
+    def images(self, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """The images, in [0, 1], of samples as `output="latent"` gives them."""
+        return to_images(x_0 if self.decoder is None else self.decoder.decode(x_0))
+
+    def condition(
+        self,
+        count: int,
+        *,
+        labels: Any = None,
+        prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
+        guided: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Any, Any]:
+        """What the network is told about `count` images: `labels`, `null_labels` of `sample`.
+
+        Args:
+          count: Images.
+          labels: Classes, one for all images or one for each.
+          prompts: Texts, one for all images or one for each.
+          negative_prompts: What the pictures shall not show, likewise; needs guidance.
+          guided: Whether the second half is needed; else it is None.
+          size: Height and width of the images in pixels; None for `self.size`.
+
+        Raises:
+          ValueError: If labels or prompts do not suit the model.
+        """
+        conditioner = self.conditioner
+        if conditioner is not None and not isinstance(conditioner, ClassConditioner):
+            if prompts is None or labels is not None:
+                raise ValueError(
+                    f"this pipeline reads prompts; got {prompts=}, {labels=}. Pass prompts=[...]."
+                )
+            if negative_prompts is not None and not guided:
+                raise ValueError("negative_prompts need a guidance_scale above 1; got none.")
+            texts = broadcast_texts("prompts", prompts, count)
+            negatives = None
+            if negative_prompts is not None:
+                negatives = broadcast_texts("negative_prompts", negative_prompts, count)
+            told, null = conditioner.encode(texts, negatives, size=size or self.size)
+            return told, null if guided else None
+        if prompts is not None or negative_prompts is not None:
+            raise ValueError("this pipeline reads labels, not prompts. Pass labels=[...].")
+        if guided and self.null_label is None:
+            raise ValueError(
+                "guidance needs a model with a null_label; got null_label=None. Leave "
+                "guidance_scale at None."
+            )
+        classes = check_labels(labels, count, self.num_labels, self.null_label, guided=guided)
+        null = None
+        if guided and self.null_label is not None:
+            null = jnp.full((count,), self.null_label, jnp.int32)
+        if conditioner is not None:
+            if classes is None:
+                raise ValueError("this pipeline is told a class; got labels=None.")
+            return conditioner.encode(classes), None if null is None else conditioner.encode(null)
+        return classes, null
+
     def predict(
         self,
         x_t: Float[Array, "b h w c"],
@@ -159,6 +256,9 @@ class Pipeline:
         labels: int | Sequence[int] | np.ndarray | Array | None = None,
         guidance_scale: float | None = None,
         row: Mapping[str, Any] | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
     ) -> Float[Array, "b h w c"]:
         """The guided prediction, without a noise correction and without a learned variance.
 
@@ -166,11 +266,13 @@ class Pipeline:
         the parameters as an argument: here they would become constants.
 
         Args:
-          x_t: Noisy samples.
+          x_t: Noisy samples, as the network sees them.
           t: Timestep, one for all or `[b]`.
           labels: Classes, one for all or `[b]`.
           guidance_scale: Weight of the guidance; None or 1.0 for none.
           row: A row of the step table (`step_table.row(i)`), required if there is a table.
+          prompts: Texts, one for all or `[b]`.
+          negative_prompts: Likewise.
 
         Raises:
           ValueError: If the labels or the guidance do not suit the model, or a row is missing.
@@ -180,15 +282,22 @@ class Pipeline:
                 "a pipeline with a step table predicts with one of its rows; got row=None. "
                 "Pass row=pipe.step_table.row(i)."
             )
-        scale = self._guidance(guidance_scale)
+        scale = _traced(guidance_scale)
+        told, null = self.condition(
+            len(x_t),
+            labels=labels,
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            guided=scale is not None,
+        )
         collections = {k: v for k, v in (row or {}).items() if k != "noise_correction"}
         answer = _predict(
             self.apply,
             {"params": self.params, **collections},
             x_t,
             jnp.asarray(t),
-            self._labels(labels, len(x_t), guided=scale is not None),
-            null_label=self.null_label,
+            told,
+            null,
             guidance_scale=scale,
             guidance_channels=self.guidance_channels,
         )
@@ -198,8 +307,13 @@ class Pipeline:
         self,
         *,
         labels: int | Sequence[int] | np.ndarray | Array | None = None,
+        prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         steps: int = 20,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
         eta: float = 0.0,
         key: PRNGKeyArray | None = None,
         latents: Float[Array, "b h w c"] | None = None,
@@ -213,22 +327,29 @@ class Pipeline:
 
         Args:
           labels: Classes, one for all images or one for each; None draws without a class.
+          prompts: Texts, one for all images or one for each.
+          negative_prompts: What the pictures shall not show, likewise; needs guidance.
           steps: Steps of the sampler.
           guidance_scale: Weight of classifier-free guidance; None or 1.0 for none, which
             also spares the unconditional half of the work.
+          guidance_rescale: 0 to 1: how far guidance that is too strong is taken back
+            (`sampling`); 0.7 with zero terminal SNR, as its authors have it.
+          height: Of the images in pixels; None for the model's own.
+          width: Likewise.
           eta: Share of fresh noise, 0 to 1 (DDIM).
           key: Random key; may be left out only if `latents` are given and no noise is added.
-          latents: `[b, h, w, c]`, in place of the noise to begin with.
+          latents: `[b, h, w, c]`, in place of the standard normal noise to begin with, which some
+            samplers scale (as diffusers' `latents`).
           output: `"image"` for float32 in [0, 1], `"latent"` for the samples as they are.
           return_trajectory: Whether the noisy samples and predictions of all steps come too.
-          num_images: How many; by default as many as labels or latents, else 1.
+          num_images: How many; by default as many as labels, prompts or latents, else 1.
           start_index: Index of the first image: `start_index=4` draws what would have been
             the fifth image and those after it.
           batch_size: Most images in one run of the program; more are drawn in parts of this
             size, the last one filled up.
 
         Returns:
-          `[b, h, w, c]`; with `return_trajectory` a pair of that and a `Trajectory`.
+          `[b, h, w, c]` float32; with `return_trajectory` a pair of that and a `Trajectory`.
 
         Raises:
           ValueError: If an argument is outside its range or does not suit the model, or the
@@ -241,15 +362,32 @@ class Pipeline:
                 f"batch_size must be at least 1 and start_index at least 0; got "
                 f"{batch_size=}, {start_index=}."
             )
-        scale = self._guidance(guidance_scale)
-        count = self._count(num_images, labels, latents)
-        classes = self._labels(labels, count, guided=scale is not None)
+        scale = _traced(guidance_scale)
+        if not 0 <= guidance_rescale <= 1 or (guidance_rescale and scale is None):
+            raise ValueError(
+                "guidance_rescale must lie between 0 and 1 and needs a guidance_scale above 1; "
+                f"got {guidance_rescale=}, {guidance_scale=}."
+            )
+        shape, crop = self._drawn_shape(height, width)
+        count = count_images(num_images, labels=labels, prompts=prompts, latents=latents)
+        if latents is not None and np.shape(latents)[1:] != shape:
+            raise ValueError(
+                f"latents must be [b, {', '.join(map(str, shape))}]; got {np.shape(latents)}."
+            )
+        told, null = self.condition(
+            count,
+            labels=labels,
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            guided=scale is not None,
+            size=crop,
+        )
         rows = self.sampler.rows(steps, eta=eta)
         if self.step_table is not None:
             self.step_table.check(
                 self.table_key(steps=steps, eta=eta, guidance_scale=guidance_scale)
             )
-        key = self._key(key, needed=latents is None or bool(np.any(rows["noise_std"] > 0)))
+        key = check_key(key, needed=latents is None or bool(np.any(rows["noise_std"] > 0)))
         run = functools.partial(
             _sample,
             self.apply,
@@ -257,101 +395,57 @@ class Pipeline:
             self.sampler,
             rows,
             entries=self.step_table.entries if self.step_table is not None else None,
-            null_label=self.null_label,
             guidance_scale=scale,
+            guidance_rescale=_traced(guidance_rescale, neutral=0.0),
             guidance_channels=self.guidance_channels,
             return_trajectory=return_trajectory,
         )
         size = min(batch_size, count)
-        samples, trajectories = [], []
+        outputs, trajectories = [], []
         for start in range(0, count, size):
             # Past the end the last image is drawn again, and dropped below.
             index = np.minimum(np.arange(start, start + size), count - 1)
             keys = _image_keys(key, jnp.asarray(start_index + index, jnp.uint32))
             if latents is None:
-                x_T = _draw_noise(keys, self.shape)
+                x_T = _draw_noise(keys, shape)
             else:
                 x_T = jnp.asarray(latents, jnp.float32)[index]
-            x_0, trajectory = run(x_T, None if classes is None else classes[index], keys=keys)
-            samples.append(x_0[: count - start])
+            pick = functools.partial(jax.tree.map, lambda a, index=index: a[index])
+            x_0, trajectory = run(x_T, pick(told), pick(null), keys=keys)
+            outputs.append(self._output(x_0, output, crop)[: count - start])
             if trajectory is not None:
                 trajectories.append(jax.tree.map(lambda x, n=count - start: x[:, :n], trajectory))
-        x_0 = jnp.concatenate(samples) if len(samples) > 1 else samples[0]
-        images = to_images(x_0) if output == "image" else x_0
+        images = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
         if not return_trajectory:
             return images
         return images, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *trajectories)
 
-    def _guidance(self, guidance_scale: float | None) -> Array | None:
-        """The scale as a traced scalar, or None where the unconditional half is not needed."""
-        if guidance_scale is None or guidance_scale == 1:
-            return None
-        if self.null_label is None:
-            raise ValueError(
-                f"guidance needs a model with a null_label; got {guidance_scale=}, "
-                f"null_label=None. Leave guidance_scale at None."
-            )
-        return jnp.asarray(guidance_scale, jnp.float32)
+    def _output(
+        self, x_0: Float[Array, "b h w c"], output: str, crop: tuple[int, int]
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """The samples, or the images of them at height and width `crop`."""
+        if output == "latent":
+            return x_0
+        images = self.images(x_0)
+        top, left = ((have - want) // 2 for have, want in zip(images.shape[1:3], crop, strict=True))
+        return images[:, top : top + crop[0], left : left + crop[1]]
 
-    def _count(self, num_images: int | None, labels, latents) -> int:
-        """How many images the arguments agree on."""
-        if latents is not None and np.shape(latents)[1:] != self.shape:
-            raise ValueError(
-                f"latents must be [b, {', '.join(map(str, self.shape))}]; got {np.shape(latents)}."
-            )
-        said = {
-            "num_images": num_images,
-            "labels": np.shape(labels)[0] if np.ndim(labels) else None,
-            "latents": np.shape(latents)[0] if latents is not None else None,
-        }
-        counts = {name: count for name, count in said.items() if count is not None}
-        if len(set(counts.values())) > 1 or 0 in counts.values():
-            raise ValueError(
-                f"num_images, labels and latents must agree on at least one image; got {counts}. "
-                f"One label for all images may be a plain int."
-            )
-        return next(iter(counts.values()), 1)
+    def _drawn_shape(
+        self, height: int | None, width: int | None
+    ) -> tuple[tuple[int, int, int], tuple[int, int]]:
+        """Shape of a sample that holds an image of that size, and the size."""
+        wanted = (height or self.size[0], width or self.size[1])
+        factor = 1 if self.decoder is None else self.decoder.factor
+        check_sizes(wanted, factor, self.buckets)
+        drawn = wanted
+        if self.buckets is not None:
+            holding = [b for b in self.buckets if b[0] >= wanted[0] and b[1] >= wanted[1]]
+            drawn = min(holding, key=lambda b: (b[0] * b[1], b))
+        return (drawn[0] // factor, drawn[1] // factor, self.shape[-1]), wanted
 
-    def _labels(self, labels, count: int, *, guided: bool) -> Int[Array, " b"] | None:
-        """Labels of `count` images, int32, checked against the classes there are."""
-        if labels is None and guided:
-            raise ValueError("guidance needs labels; got labels=None. Pass labels=[...].")
-        if labels is None:
-            if self.null_label is None and self.num_labels:
-                raise ValueError(
-                    f"a model of {self.num_labels} classes without a null_label needs labels; "
-                    f"got labels=None. Pass labels=[...] from 0 to {self.num_labels - 1}."
-                )
-            labels = self.null_label
-        if labels is None:
-            return None
-        values = np.asarray(labels)
-        if not np.issubdtype(values.dtype, np.integer) or values.ndim > 1:
-            raise TypeError(
-                f"labels must be integers, one or one per image; got dtype {values.dtype} and "
-                f"shape {values.shape}."
-            )
-        if self.num_labels is not None:
-            wrong = (values < 0) | (values >= self.num_labels)
-            if self.null_label is not None:
-                wrong &= values != self.null_label
-            if np.any(wrong):
-                raise ValueError(
-                    f"labels must lie between 0 and {self.num_labels - 1}; got "
-                    f"{np.unique(values[wrong]).tolist()}."
-                )
-        return jnp.asarray(np.broadcast_to(values, (count,)), jnp.int32)
 
-    def _key(self, key: PRNGKeyArray | None, *, needed: bool) -> PRNGKeyArray:
-        if key is None:
-            if needed:
-                raise ValueError(
-                    "noise needs a key; got key=None. Pass key=jax.random.key(seed), or latents "
-                    "and eta=0 with DDIM."
-                )
-            return jax.random.key(0)  # its noise is multiplied by 0
-        if not isinstance(key, jax.Array):
-            raise TypeError(
-                f"key must be a jax random key; got {type(key).__name__}. Use jax.random.key(seed)."
-            )
-        return key
+def _traced(value: float | None, *, neutral: float = 1.0) -> Array | None:
+    """A setting as a traced scalar; None where it changes nothing, which spares its work."""
+    if value is None or value == neutral:
+        return None
+    return jnp.asarray(value, jnp.float32)

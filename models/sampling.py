@@ -4,13 +4,18 @@ The scan's inputs are the rows of the sampler and of the step table, so that wha
 with the step is data. What is fixed, the network and the sampler's settings, is static.
 
 Classifier-free guidance (Ho and Salimans, https://arxiv.org/abs/2207.12598) evaluates both
-halves in one batch, `[labels; null_label]`, and takes
+halves in one batch, `[labels; null_labels]`, and takes
 
     prediction = unconditional + guidance_scale (conditional - unconditional)
 
 on the first `guidance_channels` channels of the sample (all of them if None; the reference
 code of DiT guides 3 of 4). Other channels, and those of a learned variance, are the
-conditional half's.
+conditional half's. A large scale widens the prediction; `guidance_rescale` takes it part of
+the way back to the standard deviation of the conditional half, image by image (Lin et al.,
+https://arxiv.org/abs/2305.08891, equations 14 to 16).
+
+Labels are classes `[b]`, or whatever else the network is told: any tree of arrays with the
+batch first, the embeddings of texts for example.
 
 Image i of a run has the key `fold_in(key, i)` to itself, so it does not depend on how many
 are drawn with it.
@@ -67,10 +72,11 @@ def guided_prediction(
     variables: Mapping[str, Any],
     x_t: Float[Array, "b h w c"],
     t: Array,
-    labels: Int[Array, " b"] | None = None,
+    labels: Any = None,
+    null_labels: Any = None,
     *,
-    null_label: int | None = None,
     guidance_scale: float | Array | None = None,
+    guidance_rescale: float | Array | None = None,
     guidance_channels: int | None = None,
 ) -> Float[Array, "b h w c2"]:
     """The network's answer with classifier-free guidance, in float32.
@@ -80,34 +86,38 @@ def guided_prediction(
       variables: Collections, `"params"` and what the step table adds.
       x_t: Noisy sample.
       t: Timestep, one for all or `[b]`.
-      labels: Classes; None for a network without.
-      null_label: The class that stands for none; needed with a guidance scale.
+      labels: What the network is told, the batch first; None for a network without.
+      null_labels: The same for the unconditional half; needed with a guidance scale.
       guidance_scale: Weight of the guidance, may be traced; None evaluates the conditional
         half only.
+      guidance_rescale: 0 for none to 1 for the conditional half's standard deviation, may be
+        traced; None is 0 and costs nothing.
       guidance_channels: How many of the sample's channels are guided; None for all.
 
     Raises:
-      ValueError: If `apply` returns another shape, or guidance lacks labels or null_label.
+      ValueError: If `apply` returns another shape, or guidance lacks one of the labels.
     """
     b, *_, c = x_t.shape
     t = jnp.broadcast_to(t, (b,))
     if guidance_scale is None:
         return _answer(apply, variables, x_t, t, labels)
-    if labels is None or null_label is None:
+    if labels is None or null_labels is None:
         raise ValueError(
-            f"guidance needs labels and a null_label; got labels={_brief(labels)}, "
-            f"{null_label=}. Leave guidance_scale at None."
+            f"guidance needs labels and null_labels; got labels={_brief(labels)}, "
+            f"null_labels={_brief(null_labels)}. Leave guidance_scale at None."
         )
-    both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-    x_twice, t_twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])
-    answer = _answer(apply, variables, x_twice, t_twice, both)
+    twice = lambda first, second: jnp.concatenate([first, second])
+    both = jax.tree.map(twice, labels, null_labels)
+    answer = _answer(apply, variables, twice(x_t, x_t), twice(t, t), both)
     conditional, unconditional = jnp.split(answer, 2)
-    guided = c if guidance_channels is None else guidance_channels
-    difference = (conditional - unconditional)[..., :guided]
-    return jnp.concatenate(
-        [unconditional[..., :guided] + guidance_scale * difference, conditional[..., guided:]],
-        axis=-1,
-    )
+    channels = c if guidance_channels is None else guidance_channels
+    difference = (conditional - unconditional)[..., :channels]
+    guided = unconditional[..., :channels] + guidance_scale * difference
+    if guidance_rescale is not None:
+        wanted = jnp.std(conditional[..., :channels], axis=(1, 2, 3), keepdims=True)
+        ratio = wanted / jnp.std(guided, axis=(1, 2, 3), keepdims=True)
+        guided = guided * (guidance_rescale * ratio + 1 - guidance_rescale)
+    return jnp.concatenate([guided, conditional[..., channels:]], axis=-1)
 
 
 def _answer(apply: Apply, variables, x_t, t, labels) -> Array:
@@ -127,12 +137,13 @@ def sample(
     sampler: Sampler,
     rows: Row,
     x_T: Float[Array, "b h w c"],
-    labels: Int[Array, " b"] | None = None,
+    labels: Any = None,
+    null_labels: Any = None,
     *,
     keys: PRNGKeyArray,
     entries: Mapping[str, Any] | None = None,
-    null_label: int | None = None,
     guidance_scale: float | Array | None = None,
+    guidance_rescale: float | Array | None = None,
     guidance_channels: int | None = None,
     return_trajectory: bool = False,
 ) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
@@ -143,13 +154,15 @@ def sample(
       params: Its parameters.
       sampler: Whose `rows` and `step` are used.
       rows: `sampler.rows(steps, eta=eta)`.
-      x_T: Noise to begin with.
-      labels: Classes; None for a network without.
+      x_T: Standard normal noise to begin with; multiplied by the rows' `init_scale`, if the
+        sampler has one.
+      labels: What the network is told, as for `guided_prediction`.
+      null_labels: As there, like all that is about guidance.
       keys: The images' keys, `[b]`, for the noise of the steps.
       entries: Entries of a step table with as many rows. `"noise_correction"` goes to
         `correct_prediction`; every other one is a variable collection of its own name.
-      null_label: As for `guided_prediction`, like the next two.
       guidance_scale: As there.
+      guidance_rescale: As there.
       guidance_channels: As there.
       return_trajectory: Whether all samples and predictions are kept.
 
@@ -158,6 +171,8 @@ def sample(
     """
     shape = x_T.shape[1:]
     steps = len(rows["t"])
+    if "init_scale" in rows:
+        x_T = x_T * rows["init_scale"][0]
 
     def body(carry, inputs):
         x_t, state = carry
@@ -169,8 +184,9 @@ def sample(
             x_t,
             row["t"],
             labels,
-            null_label=null_label,
+            null_labels,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
             guidance_channels=guidance_channels,
         )
         if "noise_correction" in table:
@@ -191,4 +207,5 @@ def to_images(x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def _brief(value: Any) -> str:
-    return "None" if value is None else f"an array of {np.shape(value)}"
+    leaves = jax.tree.leaves(value)
+    return f"arrays of {', '.join(str(np.shape(leaf)) for leaf in leaves)}" if leaves else "None"

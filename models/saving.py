@@ -16,14 +16,16 @@ import jax
 
 from qjax.core import serialize
 from qjax.core.config import QuantConfig
+from qjax.core.layers import LOW_RANK
 from qjax.core.manifest import MANIFEST
 from qjax.core.qtensor import is_qtensor
 from qjax.core.steps import StepTable, TableKey
 from qjax.models.denoisers import abstract_params, build_denoiser
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import Sampler, sampler_from_diffusers
+from qjax.models.saving_sides import read_sides, sides_of
 
-_FIELDS = ("shape", "null_label", "num_labels", "guidance_channels", "method")
+_FIELDS = ("shape", "null_label", "num_labels", "guidance_channels", "method", "buckets")
 
 
 def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
@@ -37,18 +39,21 @@ def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
     """
     source = with_digest(pipe)
     build_denoiser(source.model, source.config)
-    table = pipe.step_table or StepTable()
+    table, sides = pipe.step_table or StepTable(), sides_of(pipe)
     record = {
         "source": {**dataclasses.asdict(source), "config": dict(source.config)},
         "sampler": pipe.sampler.to_diffusers(),
         "fields": {name: getattr(pipe, name) for name in _FIELDS},
         "quant": None if pipe.quant is None else pipe.quant.to_dict(),
         "step_table": {name: dataclasses.asdict(key) for name, key in table.keys},
+        "sides": sides.record,
     }
     tree: dict[str, Any] = {"params": pipe.params}
     if table.entries:
         tree["step_table"] = table.entries
-    serialize.save(folder, tree, record)
+    if sides.params:
+        tree["sides"] = sides.params
+    serialize.save(folder, tree, record, files=sides.files)
 
 
 def with_digest(pipe: Pipeline) -> Source:
@@ -88,6 +93,10 @@ def load_saved(folder: Path) -> Pipeline:
         sampler: Sampler = sampler_from_diffusers(record["sampler"])
         quant = None if record["quant"] is None else QuantConfig.from_dict(record["quant"])
         denoiser = build_denoiser(source.model, source.config)
+        # Saves from before there were sides have none.
+        sides = (
+            read_sides(folder, record["sides"], tree.get("sides", {})) if "sides" in record else {}
+        )
         pipe = Pipeline.from_apply(
             denoiser.model.apply,
             tree["params"],
@@ -96,6 +105,7 @@ def load_saved(folder: Path) -> Pipeline:
             quant=quant,
             step_table=_step_table(record["step_table"], tree.get("step_table", {})),
             **record["fields"],
+            **sides,
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} does not describe a pipeline: {error!r}.") from None
@@ -117,9 +127,13 @@ def _step_table(keys: Mapping[str, Any], entries: Mapping[str, Any]) -> StepTabl
 
 
 def _check_shapes(folder: Path, expected: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """That the saved leaves are those of the model, by path and logical shape."""
+    """That the saved leaves are those of the model, by path and logical shape; LoRAs may join."""
     want = {path: tuple(leaf.shape) for path, leaf in serialize.flatten(expected)}
-    have = {path: tuple(leaf.shape) for path, leaf in serialize.flatten(params)}
+    have = {
+        path: tuple(leaf.shape)
+        for path, leaf in serialize.flatten(params)
+        if path.rsplit("/", 1)[-1] not in LOW_RANK
+    }
     problems = [f"missing {path}" for path in want.keys() - have.keys()]
     problems += [f"unexpected {path}" for path in have.keys() - want.keys()]
     problems += [

@@ -186,15 +186,12 @@ def _call_of(layer: Dense | Conv, x: Array) -> LayerCall:
     )
 
 
-def _inputs(pipe: Pipeline, batch: int) -> tuple[Array, Array, Array | None]:
+def _inputs(pipe: Pipeline, batch: int) -> tuple[Array, Array, Any]:
     x = _normal((batch, *pipe.shape))
     t = jnp.full((batch,), int(pipe.sampler.timesteps(2)[0]), jnp.int32)
-    labels = None
-    if pipe.num_labels:
-        labels = jnp.arange(batch, dtype=jnp.int32) % pipe.num_labels
-    elif pipe.null_label is not None:
-        labels = jnp.full((batch,), pipe.null_label, jnp.int32)
-    return x, t, labels
+    labels = [i % pipe.num_labels for i in range(batch)] if pipe.num_labels else None
+    told, _ = pipe.condition(batch, labels=labels, prompts="" if pipe.reads_prompts else None)
+    return x, t, told
 
 
 def _normal(shape: tuple[int, ...]) -> Array:

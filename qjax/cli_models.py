@@ -217,6 +217,7 @@ def inspect(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         "config": dict(pipe.source.config),
         "sampler": pipe.sampler.to_diffusers(),
         "sample_shape": pipe.shape,
+        "image_shape": pipe.image_shape,
         "labels": pipe.num_labels,
         "null_label": pipe.null_label,
         "parameters": sum(math.prod(layer.shape) for layer in layers),
@@ -249,6 +250,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def _show(result: Mapping[str, Any], layers: tuple[LayerResult, ...], output: Output) -> None:
     height, width, channels = result["sample_shape"]
+    latent = result["image_shape"] != result["sample_shape"]
     labels = "none" if result["labels"] is None else f"{result['labels']}"
     if result["null_label"] is not None:
         labels += f", and {result['null_label']} for no class"
@@ -263,6 +265,7 @@ def _show(result: Mapping[str, Any], layers: tuple[LayerResult, ...], output: Ou
         ("parameters", f"{result['parameters']:,}"),
         ("bytes", sizes),
         ("sample", f"{height} x {width}, {channels} channel{'s' * (channels > 1)}"),
+        *([("image", " x ".join(map(str, result["image_shape"])))] if latent else []),
         ("classes", labels),
         ("sampler", _settings(result["sampler"])),
         ("config", _settings(result["config"])),

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 import qjax
 from qjax import report
 from qjax.cli_models import MODEL, SEED, load_model
-from qjax.cli_options import Command, Option, path, real, texts, whole
+from qjax.cli_options import Command, Option, path, real, text, texts, whole
 from qjax.cli_output import Output
 from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import Float
@@ -33,6 +33,12 @@ LABELS = Option(
     read=texts,
     metavar="3,7",
     help="classes to draw, numbers (or, for the shipped models, names) with commas",
+)
+PROMPTS = Option(
+    name="prompts",
+    read=path,
+    metavar="FILE",
+    help="texts to draw, one a line, for models that read prompts",
 )
 STEPS = Option(name="steps", read=whole(1), metavar="N", default=20, help="steps of the sampler")
 GUIDANCE = Option(
@@ -64,26 +70,49 @@ def label_numbers(words: Sequence[str] | None, pipe: Pipeline) -> list[int] | No
     return [names[word.lower()] if word.lower() in names else int(word) for word in words]
 
 
+def prompt_lines(file: Path | None) -> list[str] | None:
+    """The lines of a text file that are not empty.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: If it holds no prompt, or is no text.
+    """
+    if file is None:
+        return None
+    if not file.is_file():
+        raise FileNotFoundError(f"--prompts must be a file with one prompt a line; got {file}.")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be text in UTF-8; got {error}.") from None
+    if not any(lines):
+        raise ValueError(f"{file} holds no prompt.")
+    return [line for line in lines if line]
+
+
 def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Pictures of a model, as one PNG or as an array."""
     suffix = settings.out.suffix.lower()
     if suffix not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy; got {settings.out}.")
     pipe = load_model(settings.model, output)
-    if suffix == ".png" and pipe.shape[-1] not in (1, 3):
+    if suffix == ".png" and pipe.image_shape[-1] not in (1, 3):
         raise ValueError(
             f"a PNG shows 1 or 3 channels and {settings.model} makes samples of "
             f"{pipe.shape[-1]}; --out FILE.npy keeps them as numbers."
         )
-    labels = label_numbers(settings.labels, pipe)
-    count = settings.num_images or (len(labels) if labels else 1)
+    labels, prompts = label_numbers(settings.labels, pipe), prompt_lines(settings.prompts)
+    count = settings.num_images or len(labels or prompts or [""])
     if labels is not None:
         labels = [labels[i % len(labels)] for i in range(count)]
+    if prompts is not None:
+        prompts = [prompts[i % len(prompts)] for i in range(count)]
     with stopwatch() as seconds:
-        samples = _draw(pipe, settings, labels, count, output, raw=suffix == ".npy")
+        samples = _draw(pipe, settings, labels, prompts, count, output, raw=suffix == ".npy")
     said = {
         "model": settings.model,
         "labels": labels,
+        "prompts": prompts,
         "steps": settings.steps,
         "guidance": settings.guidance,
         "eta": settings.eta,
@@ -93,12 +122,12 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     scale = 1
     if suffix == ".png":
-        scale = settings.scale or max(1, math.ceil(SHOWN_SIDE / max(pipe.shape[:2])))
+        scale = settings.scale or max(1, math.ceil(SHOWN_SIDE / max(samples.shape[1:3])))
         _save_png(settings.out, samples, scale, said)
     else:
         with atomic_write(settings.out) as file:
             np.save(file, samples)
-    height, width, _ = pipe.shape
+    _, height, width, _ = samples.shape
     pictures = "picture" if count == 1 else "pictures"
     words = f"{count} {pictures} of {height} x {width} in {settings.out}"
     if scale > 1:
@@ -111,6 +140,7 @@ def _draw(
     pipe: Pipeline,
     settings: SimpleNamespace,
     labels: list[int] | None,
+    prompts: list[str] | None,
     count: int,
     output: Output,
     *,
@@ -126,6 +156,8 @@ def _draw(
             here = [min(i, count - 1) for i in range(start, start + size)]
             drawn = pipe(
                 labels=None if labels is None else [labels[i] for i in here],
+                prompts=None if prompts is None else [prompts[i] for i in here],
+                negative_prompts=settings.negative,
                 num_images=size,
                 start_index=start,
                 steps=settings.steps,
@@ -174,13 +206,14 @@ def _save_png(
 def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Two models from the same noise: a table, and a page with a grid of pictures."""
     a, b = (load_model(model, output) for model in (settings.model_a, settings.model_b))
-    labels = label_numbers(settings.labels, a)
+    labels, prompts = label_numbers(settings.labels, a), prompt_lines(settings.prompts)
     with output.progress("comparing") as tell:
         found = qjax.compare(
             a,
             {_short(settings.model_b): b},
             num_images=settings.num_images,
             labels=labels,
+            prompts=prompts,
             steps=settings.steps,
             guidance_scale=settings.guidance,
             eta=settings.eta,
@@ -209,11 +242,18 @@ COMMANDS = (
         arguments=(MODEL,),
         options=(
             LABELS,
+            PROMPTS,
+            Option(
+                name="negative",
+                read=text,
+                metavar="TEXT",
+                help="what the pictures shall not show; needs --guidance",
+            ),
             Option(
                 name="num-images",
                 read=whole(1),
                 metavar="N",
-                help="how many; labels repeat (default: one a label)",
+                help="how many; labels or prompts repeat (default: one of each)",
             ),
             STEPS,
             Option(
@@ -261,6 +301,7 @@ COMMANDS = (
                 help="pictures by each (default: one a label, else 64)",
             ),
             LABELS,
+            PROMPTS,
             Option(
                 name="steps", read=whole(1), metavar="N", default=10, help="steps of the sampler"
             ),

@@ -21,7 +21,6 @@ from qjax._version import __version__
 from qjax.core import metrics
 from qjax.core.quantize import tree_bytes
 from qjax.models.pipeline import Pipeline
-from qjax.models.sampling import to_images
 from qjax.models.saving import with_digest
 from qjax.report_data import ComparisonReport, Timing, VariantResult
 from qjax.report_layers import how_quantized, layer_results
@@ -39,6 +38,7 @@ def compare(
     *,
     num_images: int | None = None,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     steps: int = 10,
     guidance_scale: float | None = None,
     eta: float = 0.0,
@@ -55,6 +55,7 @@ def compare(
       num_images: Pictures by each, of which the first eight are shown; by default as many as
         labels, else 64.
       labels: Their classes; by default all classes in turn.
+      prompts: Their texts, for models that read prompts.
       steps: Steps of the sampler.
       guidance_scale: Weight of classifier-free guidance; None for none.
       eta: Share of fresh noise.
@@ -72,9 +73,9 @@ def compare(
     """
     variants = {"quantized": quantized} if isinstance(quantized, Pipeline) else dict(quantized)
     _check_comparable(pipe, variants, out)
-    n, labels = _images_and_labels(pipe, num_images, labels)
+    n, labels = _images_and_labels(pipe, num_images, labels, prompts)
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
-    settings |= {"labels": labels, "num_images": n, "key": jax.random.key(seed)}
+    settings |= {"labels": labels, "prompts": prompts, "num_images": n, "key": jax.random.key(seed)}
     settings |= {"batch_size": min(BATCH, n)}
     total = 2 + len(variants) + repeats
 
@@ -106,7 +107,7 @@ def compare(
         sampler=_sampler_words(pipe, steps, guidance_scale, eta),
         versions=(("qjax", __version__), ("jax", jax.__version__)),
         seeds=tuple(range(shown)),
-        labels=_label_words(pipe, labels, shown),
+        labels=_label_words(pipe, labels, shown) if prompts is None else tuple(prompts[:shown]),
         float_images=reference.images[:shown],
         bytes_float=tree_bytes(pipe.params),
         float_dtype="float16",
@@ -127,7 +128,7 @@ def _check_comparable(
 ) -> None:
     if not variants:
         raise ValueError("compare needs at least one quantized pipeline; got none.")
-    if pipe.shape[-1] not in (1, 3):
+    if pipe.image_shape[-1] not in (1, 3):
         raise ValueError(
             f"compare shows pictures of 1 or 3 channels; got samples of {pipe.shape[-1]} "
             f"channels, shape={pipe.shape}. Latents have to be decoded first."
@@ -151,18 +152,27 @@ def _check_comparable(
 
 
 def _images_and_labels(
-    pipe: Pipeline, num_images: int | None, labels: Sequence[int] | None
+    pipe: Pipeline,
+    num_images: int | None,
+    labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
 ) -> tuple[int, Sequence[int] | None]:
     """How many pictures, and their classes; None for a model without."""
     n = num_images
     if n is None:
-        n = DEFAULT_IMAGES if labels is None else len(labels)
+        said = prompts if labels is None else labels
+        n = DEFAULT_IMAGES if said is None else len(said)
     if n < 1:
         raise ValueError(f"num_images must be at least 1; got {n}.")
     if labels is not None and len(labels) != n:
         raise ValueError(
             f"labels must be one an image; got {len(labels)} labels for num_images={n}. Leave "
             "num_images out, or give as many labels."
+        )
+    if prompts is not None and len(prompts) != n:
+        raise ValueError(
+            f"prompts must be one an image; got {len(prompts)} for num_images={n}. Leave "
+            "num_images out, or give as many prompts."
         )
     if labels is None and pipe.num_labels:
         classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
@@ -180,7 +190,7 @@ class _Drawn(NamedTuple):
 def _draw(pipe: Pipeline, settings: Mapping[str, Any]) -> _Drawn:
     x_0, trajectory = pipe(**settings, output="latent", return_trajectory=True)
     path = np.concatenate([np.asarray(trajectory.x_t)[1:], np.asarray(x_0)[None]])
-    return _Drawn(np.asarray(to_images(x_0)), path)
+    return _Drawn(np.asarray(pipe.images(x_0)), path)
 
 
 def _time(
@@ -265,7 +275,7 @@ def _name(pipe: Pipeline) -> str:
 
 
 def _is_zoo(pipe: Pipeline) -> bool:
-    return _name(pipe) in zoo.names() and pipe.shape == (32, 32, 1)
+    return _name(pipe) in zoo.names() and pipe.image_shape == (32, 32, 1)
 
 
 def _device() -> str:

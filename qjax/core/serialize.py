@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qjax.core.manifest import (
@@ -31,13 +32,20 @@ from qjax.core.typing import Params
 WEIGHTS = "model.safetensors"
 
 
-def save(folder: Path | str, params: Params, record: Mapping[str, Any]) -> None:
-    """Write `params` and `record` into `folder`.
+def save(
+    folder: Path | str,
+    params: Params,
+    record: Mapping[str, Any],
+    *,
+    files: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """Write `params` and `record` into `folder`, and copies of other files.
 
     Args:
       folder: Created; if it holds an older save it is replaced, anything else is refused.
       params: Nested mappings of arrays and QTensors.
       record: What else to keep, for JSON: model, config, sampler.
+      files: Files to copy, by their names below `folder`: those of a tokenizer.
 
     Raises:
       ValueError: If `folder` holds something that is not a save of this library or is the
@@ -68,6 +76,9 @@ def save(folder: Path | str, params: Params, record: Mapping[str, Any]) -> None:
         write_tensors(beside / WEIGHTS, arrays, {"format": "qjax"})
         with atomic_write(beside / MANIFEST) as file:
             file.write(text.encode())
+        for name, source in files.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, beside / name)
         os.chmod(beside, 0o755)
         _put_in_place(beside, folder)
     finally:

@@ -179,8 +179,15 @@ def test_all_files_in_one_folder_load_as_well(folder, pipe, copied):
 
 def test_components_that_are_not_loaded_are_named(copied):
     index = json.loads((copied / "model_index.json").read_text())
+    write(copied / "model_index.json", {**index, "prior": ["diffusers", "PriorTransformer"]})
+    with pytest.warns(UserWarning, match="prior not loaded; there is no port"):
+        load_pipeline(copied)
+
+
+def test_an_autoencoder_that_is_named_must_be_there(copied):
+    index = json.loads((copied / "model_index.json").read_text())
     write(copied / "model_index.json", {**index, "vae": ["diffusers", "AutoencoderKL"]})
-    with pytest.warns(UserWarning, match="vae not loaded; the pipeline works on latents"):
+    with pytest.raises(FileNotFoundError, match=r"vae must hold config\.json"):
         load_pipeline(copied)
 
 

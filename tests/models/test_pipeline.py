@@ -171,7 +171,7 @@ def test_guidance_moves_away_from_the_null_class(guidance_channels, key):
         x_t,
         t,
         labels,
-        null_label=3,
+        jnp.array([3, 3]),
         guidance_scale=4.0,
         guidance_channels=guidance_channels,
     )
