@@ -62,6 +62,11 @@ class ClassConditioner:
         return Conditioning(text=_class_tokens(model, params, labels))
 
 
+def tower_name(i: int) -> str:
+    """What diffusers calls the text tower `i`, counted from 0, among the components."""
+    return "text_encoder" + ("" if i == 0 else f"_{i + 1}")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextTower:
     """A text encoder and the tokenizer that goes before it.

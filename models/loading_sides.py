@@ -119,6 +119,8 @@ def write_sides(pipe: Pipeline, out: Path) -> dict[str, Any]:
     sides = sides_of(pipe)
     for name, one in sides.components.items():
         library = {"class_embedder": "qjax", "vae": "diffusers"}.get(name, "transformers")
+        if name == "vae" and pipe.source is not None and pipe.source.model == "UNet2DModel":
+            name = "vqvae"  # as diffusers calls it in unconditional latent diffusion
         index[name] = [library, one.class_name]
         targets = build_component(one.class_name, one.config).targets
         stem = weights_stem(one.class_name)

@@ -8,14 +8,14 @@ For a convolution `down` is a convolution to r channels and `up` a 1x1 one. `fus
 product to a float kernel, before it is quantized. `attach` puts the factors beside the kernel
 as leaves of the same layer, `lora_down`, `lora_up` and `lora_scale`, and the layer adds
 `((x down) * scale) up` to its output: the kernel may be a QTensor, and the scale is data, so
-another one runs the same program.
+another one runs the same program. `qjax.models.lora_pipeline` does this for all networks of a
+pipeline.
 
 References:
   Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2022,
   https://arxiv.org/abs/2106.09685.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,17 @@ from flax import traverse_util
 
 from qjax.core.layers import LOW_RANK
 from qjax.core.qtensor import is_qtensor
-from qjax.core.safetensors_io import metadata, open_tensors
+from qjax.core.safetensors_io import open_tensors
 from qjax.models.checkpoints import listed, raise_if_any
 from qjax.models.convert import Target
 from qjax.models.lora_keys import Tables, places
+from qjax.models.lora_settings import settings_of
 
-__all__ = ["Factors", "LoRA", "attach", "detach", "fuse", "load_lora"]
+__all__ = ["AttachedLoRA", "Factors", "LoRA", "attach", "detach", "fuse", "load_lora", "rescale"]
 
 ModulePath = tuple[str, ...]
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,21 @@ class LoRA:
     source: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttachedLoRA:
+    """One of the LoRAs beside the weights of a pipeline.
+
+    Attributes:
+      name: File it was read from.
+      scale: Its weight.
+      ranks: Its rank in every layer it changes, by component and path of the layer.
+    """
+
+    name: str
+    scale: float
+    ranks: Mapping[str, Mapping[str, int]] = field(repr=False)
+
+
 def load_lora(path: str | os.PathLike[str], tables: Tables, **names: Any) -> dict[str, LoRA]:
     """The LoRA in a safetensors file, by component of the pipeline.
 
@@ -83,45 +98,47 @@ def load_lora(path: str | os.PathLike[str], tables: Tables, **names: Any) -> dic
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is a pickle, or if any of its keys belongs to no layer, lacks its
-        other half or has another shape: one error names all of them.
+      ValueError: If the file is a pickle or empty, or if any of its keys belongs to no layer,
+        lacks its other half, has another shape, or says what another says otherwise: one error
+        names all of them.
     """
     path = _file(Path(path))
     tensors = open_tensors(path)
+    if not tensors:
+        raise ValueError(f"{path.name} must hold the tensors of a LoRA; it holds none.")
     found, unmatched = places(tensors, tables, **names)
-    settings = _settings(path)
+    settings = settings_of(path)
+    twice: list[str] = []
     halves: dict[tuple[str, str], dict[str, str]] = {}
     for key, (component, layer, role) in found.items():
-        halves.setdefault((component, layer), {})[role] = key
-    problems: dict[str, list[str]] = {
-        "of no layer of this model, or of no kind that is supported": unmatched,
-        "without the other half": [
-            key
-            for roles in halves.values()
-            for key in roles.values()
-            if not {"down", "up"} <= roles.keys()
-        ],
-        "of a layer stored fused with others": [],
-        "of another shape": [],
-    }
+        first = halves.setdefault((component, layer), {}).setdefault(role, key)
+        if first != key and not np.array_equal(tensors[first], tensors[key]):
+            twice.append(f"{key} and {first}")
+    whole = {at: roles for at, roles in halves.items() if {"down", "up"} <= roles.keys()}
+    single = [key for at in halves.keys() - whole.keys() for key in halves[at].values()]
+    wrong: list[str] = []
     layers: dict[str, dict[ModulePath, Factors]] = {}
-    for (component, layer), roles in halves.items():
-        if not {"down", "up"} <= roles.keys():
-            continue
+    for (component, layer), roles in whole.items():
         target = tables[component][f"{layer}.weight"]
-        if target.part[1] > 1:
-            problems["of a layer stored fused with others"].append(roles["down"])
-            continue
         down, up = (np.asarray(tensors[roles[role]], np.float32) for role in ("down", "up"))
         if not _fits(down, up, target.shape):
             shapes = f"{list(down.shape)} and {list(up.shape)} for {list(target.shape)}"
-            problems["of another shape"].append(f"{roles['down']} {shapes}")
+            wrong.append(f"{roles['down']} {shapes}")
             continue
         alpha = np.asarray(tensors[roles["alpha"]]).item() if "alpha" in roles else None
         gain = settings.gain(component, layer, len(down), alpha)
-        layers.setdefault(component, {})[target.path[:-1]] = _factors(down, up, gain, target)
+        factors, there = _factors(down, up, gain, target), layers.setdefault(component, {})
+        other = there.get(target.path[:-1])
+        if other is not None and target.part[1] == 1:
+            twice.append(roles["down"])  # copies of one layer, such as DiT's embedder
+        there[target.path[:-1]] = factors if other is None else _side_by_side(other, factors)
     raise_if_any(
-        problems,
+        {
+            "of no layer of this model, or of no kind that is supported": unmatched,
+            "without the other half": sorted(single),
+            "of another shape": wrong,
+            "of one layer, saying different things": twice,
+        },
         f"{path.name} does not fit this model",
         "See that the LoRA was made for this model; DoRA, LoHa and LoKr are not supported.",
     )
@@ -153,12 +170,12 @@ def attach(
 ) -> dict[str, Any]:
     """The params, float or quantized, with the LoRAs as side branches.
 
-    Attached again with other scales, the tree keeps its structure, shapes and dtypes, and
+    Attached with other scales, the tree has the same structure, shapes and dtypes, and
     whatever was compiled for it goes on running.
 
     Args:
-      params: Params; side branches that are there already are replaced.
-      loras: One or several for the same network; several add up.
+      params: Params; what is beside them already stays, and the LoRAs add up.
+      loras: One or several for the same network.
       scale: Weight of each, any real number; 0 switches it off.
       dtype: Float dtype of the factors.
 
@@ -166,27 +183,61 @@ def attach(
       ValueError: If a layer is missing, all of them named, or scales and LoRAs differ in number.
     """
     loras = [loras] if isinstance(loras, LoRA) else list(loras)
-    scales = [float(scale)] if isinstance(scale, int | float) else [float(s) for s in scale]
-    if len(scales) != len(loras):
-        raise ValueError(
-            f"scale needs one number for each LoRA; got {len(scales)} for {len(loras)}."
-        )
-    flat = dict(traverse_util.flatten_dict(detach(params), is_leaf=_is_leaf))
-    for lora in loras:
+    flat = dict(traverse_util.flatten_dict(params, is_leaf=_is_leaf))
+    for lora, weight in zip(loras, one_each(scale, len(loras)), strict=True):
         _check(flat, lora, float_only=False)
-    for path in dict.fromkeys(path for lora in loras for path in lora.layers):
-        here = [
-            (lora.layers[path], s)
-            for lora, s in zip(loras, scales, strict=True)
-            if path in lora.layers
-        ]
-        leaves = (
-            jnp.concatenate([jnp.asarray(f.down, dtype) for f, _ in here], axis=-1),
-            jnp.concatenate([jnp.asarray(f.up, dtype) for f, _ in here]),
-            jnp.concatenate([jnp.full((f.rank,), s, jnp.float32) for f, s in here]),
-        )
-        flat |= {(*path, name): leaf for name, leaf in zip(LOW_RANK, leaves, strict=True)}
+        for path, factors in lora.layers.items():
+            leaves = (
+                jnp.asarray(factors.down, dtype),
+                jnp.asarray(factors.up, dtype),
+                jnp.full((factors.rank,), weight, jnp.float32),
+            )
+            for name, leaf, axis in zip(LOW_RANK, leaves, (-1, 0, 0), strict=True):
+                there = flat.get((*path, name))
+                if there is not None:
+                    leaf = jnp.concatenate([there, leaf.astype(there.dtype)], axis=axis)
+                flat[*path, name] = leaf
     return traverse_util.unflatten_dict(flat)
+
+
+def rescale(
+    params: Mapping[str, Any], ranks: Sequence[Mapping[str, int]], scales: Sequence[float]
+) -> dict[str, Any]:
+    """The params with other weights for the LoRAs beside them.
+
+    Args:
+      params: Params with side branches.
+      ranks: Of every LoRA, in the order of attaching, its rank by the path of the layer.
+      scales: The new weight of each.
+
+    Raises:
+      ValueError: If these are not the ranks of the side branches.
+    """
+    flat = dict(traverse_util.flatten_dict(params, is_leaf=_is_leaf))
+    for path in [path for path in flat if path[-1] == LOW_RANK[-1]]:
+        layer = "/".join(path[:-1])
+        weights = [[s] * rank.get(layer, 0) for rank, s in zip(ranks, scales, strict=True)]
+        leaf = jnp.asarray([w for one in weights for w in one], jnp.float32)
+        if leaf.shape != flat[path].shape:
+            raise ValueError(
+                f"the ranks of the LoRAs must be those of the side branches; got {len(leaf)} in "
+                f"all for {layer}, which has {len(flat[path])}. Detach them and attach them again."
+            )
+        flat[path] = leaf
+    return traverse_util.unflatten_dict(flat)
+
+
+def one_each(scale: float | Sequence[float], count: int) -> list[float]:
+    """The weight of each of `count` LoRAs, of one for each or one for all of them.
+
+    Raises:
+      ValueError: If there are more or fewer.
+    """
+    values = np.asarray(scale, np.float64)
+    scales: list[float] = values.tolist() if values.ndim else [values.item()] * count
+    if len(scales) != count:
+        raise ValueError(f"scale needs one number for each LoRA; got {len(scales)} for {count}.")
+    return scales
 
 
 def detach(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,13 +258,14 @@ def _check(flat: Mapping[ModulePath, Any], lora: LoRA, *, float_only: bool) -> N
     if missing:
         raise ValueError(
             f"{lora.source} changes layers that these params do not have; got {listed(missing)}. "
-            "Pass the params of the network that it was loaded for."
+            "Pass the params of the network that it was loaded for; time layers that a step table "
+            "stands for are no longer in them, so fuse it before."
         )
     quantized = ["/".join(path) for path, kernel in kernels.items() if is_qtensor(kernel)]
     if float_only and quantized:
         raise ValueError(
             f"{lora.source} can be fused with float kernels only; {listed(quantized)} are "
-            "quantized. Fuse it before quantize, or use attach."
+            "quantized. Fuse it before quantize, or put it beside them, without fuse=True."
         )
 
 
@@ -237,8 +289,7 @@ def _fits(down: np.ndarray, up: np.ndarray, kernel: tuple[int, ...]) -> bool:
     """Whether the halves, in the checkpoint's order, make a kernel `[o, i, ...]`."""
     rank, taps = len(down), math.prod(kernel[2:])
     return (
-        down.ndim >= 2
-        and up.ndim >= 2
+        min(down.ndim, up.ndim, len(kernel)) >= 2
         and up.shape[:2] == (kernel[0], rank)
         and math.prod(up.shape[2:]) == 1
         and down.shape[1] == kernel[1]
@@ -247,46 +298,18 @@ def _fits(down: np.ndarray, up: np.ndarray, kernel: tuple[int, ...]) -> bool:
 
 
 def _factors(down: np.ndarray, up: np.ndarray, gain: float, target: Target) -> Factors:
-    """In the params' order; a 1x1 convolution that is stored as a dense layer stays one."""
+    """In the params' order; a 1x1 convolution that is stored as a dense layer stays one.
+
+    Of a layer that is stored fused with others, `up` is 0 for those.
+    """
     o, rank = up.shape[:2]
     up = up.reshape(o, rank).T * np.float32(gain)
+    index, count = target.part
+    up = np.pad(up, ((0, 0), (index * o, (count - 1 - index) * o)))
     down = down.reshape(rank, *target.shape[1:])
     return Factors(np.ascontiguousarray(target.transform(down)), np.ascontiguousarray(up))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """PEFT's settings by component, `""` for a file of one network."""
-
-    parts: Mapping[str, Mapping[str, Any]]
-
-    def gain(self, component: str, layer: str, rank: int, alpha: float | None) -> float:
-        """`alpha / r`, `alpha / sqrt(r)` for rank-stabilised LoRA, 1 if nothing says alpha."""
-        part = self.parts.get(component, self.parts.get("", {}))
-        if alpha is None:
-            patterns = part.get("alpha_pattern") or {}
-            own = [value for name, value in patterns.items() if _ends(layer, name)]
-            alpha = own[0] if own else part.get("lora_alpha")
-        if alpha is None:
-            return 1.0
-        return float(alpha) / (math.sqrt(rank) if part.get("use_rslora") else rank)
-
-
-def _ends(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith("." + name)
-
-
-def _settings(path: Path) -> _Settings:
-    beside = path.parent / "adapter_config.json"
-    parts: dict[str, dict[str, Any]] = {}
-    try:
-        if beside.is_file():
-            parts[""] = json.loads(beside.read_text(encoding="utf-8"))
-        for name, value in json.loads(metadata(path).get(_METADATA, "{}")).items():
-            component, _, setting = name.partition(".")
-            parts.setdefault(component, {})[setting] = value
-    except (AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path.name}: the settings of the adapter must be JSON; got {error}."
-        ) from None
-    return _Settings(parts=parts)
+def _side_by_side(a: Factors, b: Factors) -> Factors:
+    """The sum of two changes of one kernel."""
+    return Factors(np.concatenate([a.down, b.down], axis=-1), np.concatenate([a.up, b.up]))

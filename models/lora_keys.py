@@ -4,6 +4,7 @@
 |---|---|
 | PEFT, diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` |
 | diffusers before PEFT | `unet.mid_block...attn1.processor.to_q_lora.down.weight` |
+| the same, text towers | `text_encoder...self_attn.to_q_lora.down.weight` |
 | kohya, diffusers' names | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` |
 | kohya, the authors' names | `lora_unet_middle_block_1_proj_in.lora_down.weight` |
 
@@ -40,7 +41,7 @@ _ROLE = re.compile(
     r"\.(?:lora|lora_linear_layer)[._](?P<name>A|B|down|up)(?:\.default)?(?:\.weight)?$|\.(?P<alpha>alpha)$"
 )
 _ROLES = {"A": "down", "down": "down", "B": "up", "up": "up"}
-_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora(?=\.)")
+_OLD = re.compile(r"\.(?P<in>processor|self_attn)\.to_(?P<which>q|k|v|out)_lora(?=\.)")
 
 
 def places(
@@ -56,12 +57,12 @@ def places(
     find = _finder(tables, renames or {})
     found, unmatched = {}, []
     for key in keys:
-        role = _ROLE.search(_PROCESSOR.sub(_modern, key))
+        modern = _OLD.sub(_modern, key)
+        role = _ROLE.search(modern)
         if role is None:
             unmatched.append(key)
             continue
-        name = _PROCESSOR.sub(_modern, key)[: role.start()]
-        place = find(name)
+        place = find(modern[: role.start()])
         if place is None:
             unmatched.append(key)
         else:
@@ -70,8 +71,11 @@ def places(
 
 
 def _modern(match: re.Match[str]) -> str:
-    """`.processor.to_out_lora` as `.to_out.0.lora`."""
-    return f".{match[1]}{'.0' if match[1] == 'to_out' else ''}.lora"
+    """`.processor.to_out_lora` as `.to_out.0.lora`, a text tower's as `.self_attn.out_proj.lora`."""
+    which = match["which"]
+    if match["in"] == "self_attn":
+        return f".self_attn.{which}_proj.lora"
+    return f".to_{which}{'.0' if which == 'out' else ''}.lora"
 
 
 def _finder(

@@ -28,6 +28,7 @@ from qjax.core.steps import StepTable, TableKey
 from qjax.core.typing import Apply, Array, Float, Params, PRNGKeyArray
 from qjax.models.conditioners import ClassConditioner, PromptConditioner
 from qjax.models.decoders import LatentDecoder
+from qjax.models.lora import AttachedLoRA
 from qjax.models.pipeline_inputs import (
     broadcast_texts,
     check_key,
@@ -44,6 +45,7 @@ from qjax.models.sampling import (
     sample,
     to_images,
 )
+from qjax.models.unet2d_condition_inputs import Conditioning, guidance_embedding
 
 __all__ = ["Pipeline", "Source", "Trajectory", "guided_prediction", "sample"]
 
@@ -109,6 +111,8 @@ class Pipeline:
     """Name or hash of how `params` were quantized, compared with the step table's keys."""
     quant: QuantConfig | None = None
     """The rules by which `params` were quantized; None for float ones."""
+    loras: tuple[AttachedLoRA, ...] = ()
+    """The LoRAs whose side branches are in the params, in the order they came."""
     source: Source | None = None
     """What it takes to build the network again; needed to save the pipeline."""
 
@@ -167,6 +171,42 @@ class Pipeline:
 
         save_pipeline(self, Path(folder))
 
+    def with_lora(
+        self, path: str | os.PathLike[str], *, scale: float = 1.0, fuse: bool = False
+    ) -> Pipeline:
+        """The pipeline with a LoRA on its denoiser and its text towers (`lora_pipeline`).
+
+        Args:
+          path: A safetensors file of PEFT, diffusers or kohya, or a folder that holds one.
+          scale: Weight of the LoRA.
+          fuse: Add it to the kernels, which must be float, for good; else it goes beside them,
+            float or quantized, and beside the LoRAs that are there.
+
+        Raises:
+          FileNotFoundError: If there is no such file.
+          ValueError: If keys of the file do not fit the networks, all of them named; if a
+            kernel is quantized and `fuse` is set; or if the pipeline has no source.
+        """
+        from qjax.models.lora_pipeline import add_lora, fuse_lora  # they return pipelines
+
+        return (fuse_lora if fuse else add_lora)(self, path, scale=scale)
+
+    def with_lora_scale(self, scale: float | Sequence[float]) -> Pipeline:
+        """The pipeline with another weight for all its LoRAs, or one for each; nothing compiles.
+
+        Raises:
+          ValueError: If there is no LoRA, or another number of them.
+        """
+        from qjax.models.lora_pipeline import scale_loras
+
+        return scale_loras(self, scale)
+
+    def without_lora(self) -> Pipeline:
+        """The pipeline without the LoRAs beside its weights; those fused into them stay."""
+        from qjax.models.lora_pipeline import remove_loras
+
+        return remove_loras(self)
+
     def table_key(
         self, *, steps: int, eta: float = 0.0, guidance_scale: float | None = None
     ) -> TableKey:
@@ -178,6 +218,15 @@ class Pipeline:
     def reads_prompts(self) -> bool:
         """Whether the pipeline takes prompts, and not labels."""
         return self.conditioner is not None and not isinstance(self.conditioner, ClassConditioner)
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Width of the embedding of the guidance scale that the network is told.
+
+        A latent consistency model, which has one, is guided without an unconditional half.
+        None: guidance is that of `sampling`.
+        """
+        return None if self.source is None else self.source.config.get("time_cond_proj_dim")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -203,6 +252,7 @@ class Pipeline:
         prompts: str | Sequence[str] | None = None,
         negative_prompts: str | Sequence[str] | None = None,
         guided: bool = False,
+        guidance_scale: float | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[Any, Any]:
         """What the network is told about `count` images: `labels`, `null_labels` of `sample`.
@@ -212,12 +262,37 @@ class Pipeline:
           labels: Classes, one for all images or one for each.
           prompts: Texts, one for all images or one for each.
           negative_prompts: What the pictures shall not show, likewise; needs guidance.
-          guided: Whether the second half is needed; else it is None.
+          guided: Whether the second half is needed; else it is None, as it is for networks that
+            are told the scale.
+          guidance_scale: Weight of the guidance, read for networks that are told it.
           size: Height and width of the images in pixels; None for `self.size`.
 
         Raises:
           ValueError: If labels or prompts do not suit the model.
         """
+        width = self.guidance_width
+        if width is not None and negative_prompts is not None:
+            raise ValueError(
+                "negative_prompts need an unconditional half, and this network is told the scale "
+                "of the guidance instead (LCM). Leave them out."
+            )
+        told, null = self._halves(
+            count, labels, prompts, negative_prompts, guided and width is None, size or self.size
+        )
+        if width is not None and isinstance(told, Conditioning):
+            told = told._replace(guidance=guidance_embedding(guidance_scale, width, batch=count))
+        return told, null
+
+    def _halves(
+        self,
+        count: int,
+        labels: Any,
+        prompts: str | Sequence[str] | None,
+        negative_prompts: str | Sequence[str] | None,
+        guided: bool,
+        size: tuple[int, int],
+    ) -> tuple[Any, Any]:
+        """What is made of labels or prompts for `condition`."""
         conditioner = self.conditioner
         if conditioner is not None and not isinstance(conditioner, ClassConditioner):
             if prompts is None or labels is not None:
@@ -230,7 +305,7 @@ class Pipeline:
             negatives = None
             if negative_prompts is not None:
                 negatives = broadcast_texts("negative_prompts", negative_prompts, count)
-            told, null = conditioner.encode(texts, negatives, size=size or self.size)
+            told, null = conditioner.encode(texts, negatives, size=size)
             return told, null if guided else None
         if prompts is not None or negative_prompts is not None:
             raise ValueError("this pipeline reads labels, not prompts. Pass labels=[...].")
@@ -282,13 +357,14 @@ class Pipeline:
                 "a pipeline with a step table predicts with one of its rows; got row=None. "
                 "Pass row=pipe.step_table.row(i)."
             )
-        scale = _traced(guidance_scale)
+        scale = self._scale(guidance_scale)
         told, null = self.condition(
             len(x_t),
             labels=labels,
             prompts=prompts,
             negative_prompts=negative_prompts,
             guided=scale is not None,
+            guidance_scale=guidance_scale,
         )
         collections = {k: v for k, v in (row or {}).items() if k != "noise_correction"}
         answer = _predict(
@@ -362,7 +438,7 @@ class Pipeline:
                 f"batch_size must be at least 1 and start_index at least 0; got "
                 f"{batch_size=}, {start_index=}."
             )
-        scale = _traced(guidance_scale)
+        scale = self._scale(guidance_scale)
         if not 0 <= guidance_rescale <= 1 or (guidance_rescale and scale is None):
             raise ValueError(
                 "guidance_rescale must lie between 0 and 1 and needs a guidance_scale above 1; "
@@ -380,6 +456,7 @@ class Pipeline:
             prompts=prompts,
             negative_prompts=negative_prompts,
             guided=scale is not None,
+            guidance_scale=guidance_scale,
             size=crop,
         )
         rows = self.sampler.rows(steps, eta=eta)
@@ -419,6 +496,10 @@ class Pipeline:
         if not return_trajectory:
             return images
         return images, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *trajectories)
+
+    def _scale(self, guidance_scale: float | None) -> Array | None:
+        """The scale of guidance by two halves; None without, or if the network is told it."""
+        return None if self.guidance_width is not None else _traced(guidance_scale)
 
     def _output(
         self, x_0: Float[Array, "b h w c"], output: str, crop: tuple[int, int]

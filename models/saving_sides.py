@@ -1,17 +1,30 @@
 """Conditioner and decoder of a pipeline in the library's own format, and back.
 
-Their params are leaves of the saved tree, below `sides` and the component's name; classes and
-configs are in the record; the files of a tokenizer are copied, and their hashes kept.
+Their params are leaves of the saved tree, below `sides` and the component's name, in float16 where
+that loses nothing, as after loading float16 files; classes and configs are in the record; the
+files of a tokenizer are copied, and their hashes kept. The record also says which LoRAs are beside
+the weights; their factors are leaves of the params.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from qjax.models.components import Component, build_component
-from qjax.models.conditioners import ClassConditioner, TextConditioner, TextTower
+from qjax.models.conditioners import (
+    ClassConditioner,
+    TextConditioner,
+    TextTower,
+    tower_name,
+)
 from qjax.models.decoders import LatentDecoder
+from qjax.models.lora import AttachedLoRA
 from qjax.models.pipeline import Pipeline
 from qjax.models.text_encoders.tokenizers import load_tokenizer
 
@@ -27,8 +40,13 @@ class SavedSides(NamedTuple):
 
     @property
     def params(self) -> dict[str, Any]:
-        """Params by the component's name."""
-        return {name: one.params for name, one in self.components.items()}
+        """Params by the component's name, as they are stored."""
+        return {
+            name: jax.tree.map(lambda leaf: leaf.astype(np.float16), one.params)
+            if "dtype" in self.record["components"][name]
+            else one.params
+            for name, one in self.components.items()
+        }
 
 
 def sides_of(pipe: Pipeline) -> SavedSides:
@@ -49,7 +67,7 @@ def sides_of(pipe: Pipeline) -> SavedSides:
     elif isinstance(conditioner, TextConditioner):
         record["zero_without_negative"] = conditioner.zero_without_negative
         for i, tower in enumerate(conditioner.towers):
-            components[_tower(i)] = tower.component
+            components[tower_name(i)] = tower.component
             paths = sorted(path for path in tower.files.iterdir() if path.is_file())
             files |= {f"{_words(i)}/{path.name}": path for path in paths}
     elif conditioner is not None:
@@ -59,9 +77,11 @@ def sides_of(pipe: Pipeline) -> SavedSides:
         )
     record["components"] = {
         name: {"class_name": one.class_name, "config": dict(one.config)}
+        | ({"dtype": "float32"} if _is_widened(one.params) else {})
         for name, one in components.items()
     }
     record["files"] = {name: _sha256(path) for name, path in files.items()}
+    record["loras"] = [dataclasses.asdict(lora) for lora in pipe.loras]
     return SavedSides(record, components, files)
 
 
@@ -90,19 +110,22 @@ def read_sides(
             class_name=one["class_name"],
             config=one["config"],
             model=build_component(one["class_name"], one["config"]).model,
-            params=params[name],
+            params=_widened(params[name], one.get("dtype")),
         )
         for name, one in described.items()
     }
-    fields: dict[str, Any] = {}
+    # Saves from before there were LoRAs on pipelines name none.
+    fields: dict[str, Any] = {
+        "loras": tuple(AttachedLoRA(**one) for one in record.get("loras", []))
+    }
     if DECODER in components:
         fields["decoder"] = LatentDecoder(component=components[DECODER], tiles=record["tiles"])
     if CLASSES in components:
         fields["conditioner"] = ClassConditioner(component=components[CLASSES])
-    names = [name for name in components if name.startswith(_tower(0))]
+    names = [name for name in components if name.startswith(tower_name(0))]
     towers = tuple(
         TextTower(
-            component=components[_tower(i)],
+            component=components[tower_name(i)],
             tokenizer=load_tokenizer(folder / _words(i)),
             files=folder / _words(i),
         )
@@ -115,13 +138,25 @@ def read_sides(
     return fields
 
 
-def _tower(i: int) -> str:
-    return "text_encoder" + ("" if i == 0 else f"_{i + 1}")
-
-
 def _words(i: int) -> str:
     return "tokenizer" + ("" if i == 0 else f"_{i + 1}")
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_widened(params: Any) -> bool:
+    """Whether all values are float32 and are float16's, too."""
+    leaves = jax.tree.leaves(params)
+    return all(
+        leaf.dtype == jnp.float32
+        and bool(jnp.all(leaf == leaf.astype(jnp.float16).astype(jnp.float32)))
+        for leaf in leaves
+    )
+
+
+def _widened(params: Any, dtype: str | None) -> Any:
+    if dtype is None:
+        return params
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)

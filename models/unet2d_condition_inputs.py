@@ -1,4 +1,12 @@
-"""What a `UNet2DConditionModel` is told besides the image: its fields, shapes and checks."""
+"""What a `UNet2DConditionModel` is told besides the image: its fields, shapes and checks.
+
+Latent consistency models were distilled with guidance, and are told its scale `s` in place of
+evaluating an unconditional half: they see sines, then cosines, of `1000 (s - 1)`, where `s - 1`
+is the weight that their paper writes as w.
+
+References:
+  Luo et al., Latent Consistency Models, 2023, https://arxiv.org/abs/2310.04378, section 4.2.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.typing import Array, Float, Shaped
+from qjax.models.embeddings import timestep_embedding
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 
 
@@ -26,13 +35,32 @@ class Conditioning(NamedTuple):
     labels: Array | None = None
     """Classes `[b]` or vectors `[b, d]`, as `class_embed_type` has it."""
     guidance: Float[Array, "b d"] | None = None
-    """Embedding of the guidance scale (LCM); zeros for none."""
+    """Embedding of the guidance scale (LCM), as `guidance_embedding` gives it."""
 
 
 OF_TIME = ("pooled", "time_ids", "labels", "guidance")
 """The fields that go into the time vector."""
 OF_TEXT = ("text", "mask")
 """The fields that transformers look at."""
+
+
+def guidance_embedding(
+    guidance_scale: float | None, width: int, *, batch: int
+) -> Float[Array, "b d"]:
+    """The guidance scale as a latent consistency model is told it, the same for all images.
+
+    Args:
+      guidance_scale: As in classifier-free guidance, so 1 is none; None too.
+      width: `config.time_cond_proj_dim`.
+      batch: Images.
+    """
+    weight = 0.0 if guidance_scale is None else guidance_scale - 1.0
+    return timestep_embedding(
+        jnp.full((batch,), 1000 * weight, jnp.float32),
+        width,
+        flip_sin_to_cos=False,
+        downscale_freq_shift=1,
+    )
 
 
 def abstract_inputs(

@@ -33,6 +33,8 @@ class Option:
       default: Its value where nobody says anything.
       required: Whether somebody has to.
       metavar: What its value is called in the help; None for a switch.
+      repeated: Whether the flag may be given several times; `read` gets a list then, and of
+        what is said as `key=value` or in the file whatever that is.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Option:
     default: Any = None
     required: bool = False
     metavar: str | None = None
+    repeated: bool = False
 
     @property
     def field(self) -> str:
@@ -139,6 +142,19 @@ def texts(value: Any) -> list[str]:
     return found
 
 
+def files_with_scales(value: Any) -> list[tuple[Path, float]]:
+    """Reads one or a list of `FILE` or `FILE:SCALE`; the scale is 1 where none is said."""
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        name, colon, last = text(one).rpartition(":")
+        try:
+            scale = real(last) if colon and name else None
+        except ValueError:  # a path with a colon in it
+            scale = None
+        found.append((path(one), 1.0) if scale is None else (path(name), scale))
+    return found
+
+
 def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
     """Give `parser` the arguments and flags of `command`."""
     for name, words in command.arguments:
@@ -149,6 +165,7 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
             settings |= {"action": "store_const", "const": True}
         else:
             settings |= {"metavar": option.metavar}
+            settings |= {"action": "append"} if option.repeated else {}
         parser.add_argument(f"--{option.name}", **settings)
 
 

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 import qjax
 from qjax import report
 from qjax.cli_models import MODEL, SEED, load_model
-from qjax.cli_options import Command, Option, path, real, text, texts, whole
+from qjax.cli_options import Command, Option, files_with_scales, path, real, text, texts, whole
 from qjax.cli_output import Output
 from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import Float
@@ -96,6 +96,8 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     if suffix not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy; got {settings.out}.")
     pipe = load_model(settings.model, output)
+    for file, weight in settings.lora or ():
+        pipe = pipe.with_lora(file, scale=weight)
     if suffix == ".png" and pipe.image_shape[-1] not in (1, 3):
         raise ValueError(
             f"a PNG shows 1 or 3 channels and {settings.model} makes samples of "
@@ -111,6 +113,7 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         samples = _draw(pipe, settings, labels, prompts, count, output, raw=suffix == ".npy")
     said = {
         "model": settings.model,
+        "lora": [f"{file}:{weight:g}" for file, weight in settings.lora or ()],
         "labels": labels,
         "prompts": prompts,
         "steps": settings.steps,
@@ -248,6 +251,13 @@ COMMANDS = (
                 read=text,
                 metavar="TEXT",
                 help="what the pictures shall not show; needs --guidance",
+            ),
+            Option(
+                name="lora",
+                read=files_with_scales,
+                metavar="FILE[:SCALE]",
+                help="LoRA beside the weights, safetensors; may be given several times",
+                repeated=True,
             ),
             Option(
                 name="num-images",

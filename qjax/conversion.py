@@ -20,6 +20,7 @@ from qjax.core.manifest import MANIFEST
 from qjax.core.safetensors_io import atomic_write, open_tensors
 from qjax.core.serialize import flatten, params_digest
 from qjax.models import original_checkpoints, pickles
+from qjax.models.conditioners import TextConditioner
 from qjax.models.convert import convert, save_component
 from qjax.models.denoisers import build_denoiser
 from qjax.models.dit import DiTConfig
@@ -33,7 +34,6 @@ from qjax.models.schedules import Schedule
 # What the loader reads for labels and the null class, which diffusers has no place for.
 ZOO_FILE = "zoo.json"
 COMPONENTS = {"DiTTransformer2DModel": "transformer"}  # the others are a "unet"
-PIPELINES = {"DiTTransformer2DModel": "DiTPipeline"}
 
 # Heads of the authors' models by their width; no tensor shows them.
 DIT_HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}
@@ -182,23 +182,56 @@ def write_folder(pipe: Pipeline, out: Path) -> None:
     The index comes last, so that a folder that was left half-written is none.
 
     Raises:
-      ValueError: If the pipeline does not say which network it runs.
+      ValueError: If the pipeline does not say which network it runs, or a LoRA stands beside
+        its weights.
       TypeError: If it is quantized.
     """
     if pipe.source is None:
         raise ValueError("A pipeline can be written if its source says which network it runs.")
+    if pipe.loras:
+        names = ", ".join(lora.name for lora in pipe.loras)
+        raise ValueError(
+            f"A folder in the layout of diffusers has no place for a LoRA beside the weights; got "
+            f"{names}. Fuse it: pipe.without_lora().with_lora(path, fuse=True)."
+        )
     class_name = pipe.source.model
     component = COMPONENTS.get(class_name, "unet")
     denoiser = build_denoiser(class_name, pipe.source.config)
     save_component(out / component, pipe.source.config, pipe.params, denoiser.targets)
     scheduler = pipe.sampler.to_diffusers()
     _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-    index = {
-        "_class_name": PIPELINES.get(class_name, f"{type(pipe.sampler).__name__}Pipeline"),
+    index: dict[str, Any] = {
+        "_class_name": pipeline_class(pipe),
         component: ["diffusers", class_name],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
+    if pipe.reads_prompts:
+        index["requires_safety_checker"] = False  # there is none
     _write_json(out / INDEX, index | write_sides(pipe, out))
+
+
+def pipeline_class(pipe: Pipeline) -> str:
+    """The class of diffusers that runs a pipeline of these parts.
+
+    `"Pipeline"`, which diffusers does not have, where none does: class-conditional latent
+    diffusion, for example.
+    """
+    network = None if pipe.source is None else pipe.source.model
+    if network == "DiTTransformer2DModel":
+        return "DiTPipeline"
+    if network == "UNet2DModel" and pipe.conditioner is None:
+        if pipe.decoder is not None:
+            return "LDMPipeline"
+        # diffusers' third one takes every scheduler.
+        scheduler = pipe.sampler.to_diffusers()["_class_name"]
+        own = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler": "PNDMPipeline"}
+        return own.get(scheduler, "DDPMPipeline")
+    if isinstance(pipe.conditioner, TextConditioner) and pipe.decoder is not None:
+        if len(pipe.conditioner.towers) > 1:
+            return "StableDiffusionXLPipeline"
+        guided = pipe.guidance_width is None
+        return "StableDiffusionPipeline" if guided else "LatentConsistencyModelPipeline"
+    return "Pipeline"
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -22,11 +22,12 @@ from safetensors.numpy import save_file
 import qjax
 from qjax import cli, cli_machine, demo, doctor, recipes, zoo
 from qjax.bench import Benchmark, LayerCall, LayerTime, what_runs
-from qjax.cli_options import Command, Option, apply_quant, resolve, whole
+from qjax.cli_options import Command, Option, apply_quant, files_with_scales, resolve, whole
 from qjax.core.quantize import quantize_leaf
 from qjax.models.convert import to_checkpoint
 from qjax.models.dit import DiT, DiTConfig
 from qjax.models.dit_keys import original_keys
+from qjax.models.lora_pipeline import lora_tables
 
 MODEL = "fashion-dit"
 
@@ -215,6 +216,10 @@ BAD = {
         ["generate", MODEL, "--labels", "3", "--eta", "2", "--out", "x.png"],
         "eta must lie between 0 and 1",
     ),
+    "no such LoRA": (
+        ["generate", MODEL, "--labels", "3", "--lora", "a.safetensors:2", "--out", "x.png"],
+        "There is no file a.safetensors.",
+    ),
     "no such config": (["plan", MODEL, "--config", "c.yaml"], "no config file c.yaml"),
     "compare with nothing": (["compare", MODEL, "nosuch"], "'nosuch' is no model of the zoo"),
     "compare one": (["compare", MODEL], "the following arguments are required: MODEL_B"),
@@ -391,6 +396,44 @@ def test_labels_repeat_until_there_are_enough_pictures_and_seeds_differ(run, tmp
     assert (one["labels"], one["num_images"], one["seed"]) == ([3, 7, 3], 3, 0)
     assert run(*words, "--out", tmp_path / "b.png", "seed=1").status == 0
     assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "b.png")).any()
+
+
+def test_loras_change_the_pictures_by_their_scales(run, tmp_path):
+    layer, rng = "proj_out_2", np.random.default_rng(0)
+    o, i = lora_tables(qjax.load(MODEL))["transformer"][f"{layer}.weight"].shape
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32) / 4
+    halves = {"A": draw(2, i), "B": draw(o, 2)}
+    tensors = {f"transformer.{layer}.lora_{half}.weight": w for half, w in halves.items()}
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file)
+    words = ("generate", MODEL, "--labels", "3", "--steps", "1", "--json", "--out")
+    lora = lambda *scales: [word for s in scales for word in ("--lora", f"{file}{s}")]
+
+    def drawn(*more):
+        result = run(*words, tmp_path / "x.npy", *more)
+        assert (result.status, result.err) == (0, "")
+        return np.load(tmp_path / "x.npy"), json.loads(result.out)["lora"]
+
+    (plain, none), (one, said) = drawn(), drawn(*lora(""))
+    assert none == [] and said == [f"{file}:1"]
+    assert np.abs(one - plain).max() > 1e-2
+    np.testing.assert_allclose(drawn(*lora(":0"))[0], plain, atol=1e-5)
+    # One beside the other, which undoes half of it.
+    np.testing.assert_allclose(
+        drawn(*lora(":1", ":-0.5"))[0], drawn(f"lora={file}:0.5")[0], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("a.safetensors", [("a.safetensors", 1.0)]),
+        (["a:b.safetensors:0.5", "b:-2"], [("a:b.safetensors", 0.5), ("b", -2.0)]),
+        ("C:/a.safetensors", [("C:/a.safetensors", 1.0)]),
+    ],
+)
+def test_a_scale_is_what_follows_the_last_colon_if_it_is_a_number(value, found):
+    assert [(str(file), scale) for file, scale in files_with_scales(value)] == found
 
 
 def test_many_pictures_fill_rows():

@@ -6,43 +6,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 import qjax
 from qjax.core.config import QuantConfig, WeightSpec
+from qjax.core.layers import Conv, Dense
 from qjax.core.qtensor import is_qtensor
 from qjax.core.safetensors_io import write_tensors
-from qjax.models.lora import attach, detach, fuse, load_lora
-from qjax.models.unet2d import UNet2DModel
-from qjax.models.unet2d_config import UNet2DConfig
-from qjax.models.unet2d_keys import checkpoint_keys
+from qjax.models.convert import Target, linear
+from qjax.models.lora import attach, detach, fuse, load_lora, rescale
+from qjax.models.unet2d_keys import keys_of_params
 
-CONFIG = UNet2DConfig(
-    sample_size=8,
-    in_channels=2,
-    out_channels=2,
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    norm_num_groups=4,
-    attention_head_dim=8,
-)
-TABLES = {"unet": checkpoint_keys(CONFIG)}
-MODEL = UNet2DModel(CONFIG)
-DENSE, OUT = "mid_block.attentions.0.to_q", "mid_block.attentions.0.to_out.0"
-CONV, ONE = "down_blocks.1.resnets.0.conv1", "down_blocks.1.resnets.0.conv_shortcut"
-X_T = jax.random.normal(jax.random.key(1), (2, 8, 8, 2))
-T = jnp.asarray([3, 700])
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+X = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
+
+
+class Attention(nn.Module):
+    """A dense layer of each kind that the spellings know."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Dense(8, name="to_out_0")(nn.silu(Dense(16, name="to_q")(x)))
+
+
+class Net(nn.Module):
+    """A layer of every kind, named as diffusers names them."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = Attention(name="attentions_0")(x)
+        x = Conv(16, (3, 3), 2, ((1, 1), (1, 1)), name="conv1")(x)
+        return Conv(4, (1, 1), name="conv_shortcut")(x)
+
+
+MODEL = Net()
+SHAPES = jax.eval_shape(MODEL.init, jax.random.key(0), X)["params"]
+TABLES = {"unet": keys_of_params(SHAPES)}
+DENSE, OUT, CONV, ONE = "attentions.0.to_q", "attentions.0.to_out.0", "conv1", "conv_shortcut"
+run = jax.jit(lambda params: MODEL.apply({"params": params}, X))
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = jax.jit(MODEL.init)(jax.random.key(0), X_T, T)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return tree.unflatten([a + b for a, b in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) / 3, leaf.dtype)
+    return jax.tree.map(draw, SHAPES)
 
 
 def factors(layer, rank, seed=0):
@@ -86,6 +96,10 @@ def kohya(layer, role):
     return f"{name}.alpha" if role == "alpha" else f"{name}.lora_{role}.weight"
 
 
+def relative(a, b):
+    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+
 def kernel_change(layer, rank):
     """`up down` in PyTorch's own terms, then in the order of the params."""
     down, up = factors(layer, rank)
@@ -116,12 +130,9 @@ def test_every_spelling_changes_the_same_kernels(params, tmp_path, spell, layers
 
 def test_a_side_branch_is_the_fused_kernel(params, tmp_path):
     lora = load_lora(lora_file(tmp_path / "a.safetensors", peft), TABLES)["unet"]
-    beside = MODEL.apply({"params": attach(params, lora, scale=0.7)}, X_T, T)
-    fused = MODEL.apply({"params": fuse(params, lora, scale=0.7)}, X_T, T)
-    plain = MODEL.apply({"params": params}, X_T, T)
-    scale = float(jnp.abs(fused).max())
-    assert float(jnp.abs(beside - fused).max()) <= 1e-4 * scale
-    assert float(jnp.abs(plain - fused).max()) > 1e-2 * scale
+    beside, fused = run(attach(params, lora, scale=0.7)), run(fuse(params, lora, scale=0.7))
+    assert relative(beside, fused) <= 1e-4
+    assert relative(run(params), fused) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -131,20 +142,23 @@ def test_another_scale_runs_the_same_program_on_quantized_weights(params, tmp_pa
     """What is left of the difference is the rounding of the activations."""
     lora = load_lora(lora_file(tmp_path / "a.safetensors", kohya), TABLES)["unet"]
     qparams = qjax.quantize(params, recipe())
+    ranks = {"/".join(path): factors.rank for path, factors in lora.layers.items()}
     traces = []
 
     @jax.jit
-    def run(params):
+    def counted(params):
         traces.append(1)
-        return MODEL.apply({"params": params}, X_T, T)
+        return MODEL.apply({"params": params}, X)
 
-    off, one, two = (run(attach(qparams, lora, scale=s)) for s in (0.0, 1.0, 2.0))
+    beside = attach(qparams, lora, scale=1.0)
+    off, one, two = (counted(rescale(beside, [ranks], [s])) for s in (0.0, 1.0, 2.0))
+    np.testing.assert_array_equal(counted(attach(qparams, lora, scale=2.0)), two)
     assert len(traces) == 1
-    np.testing.assert_allclose(off, run(qparams), rtol=1e-4, atol=1e-5)
-    for scale, got in ((1.0, one), (2.0, two)):
+    assert relative(off, run(qparams)) <= 1e-5
+    for scale, found in ((1.0, one), (2.0, two)):
         fused = run(fuse(qjax.dequantize(qparams), lora, scale=scale))
-        assert float(jnp.abs(got - fused).max()) <= error * float(jnp.abs(fused).max())
-        assert float(jnp.abs(off - fused).max()) > 0.2 * float(jnp.abs(fused).max())
+        assert relative(found, fused) <= error
+        assert relative(off, fused) > 0.2
 
 
 def test_several_add_up_each_with_its_scale(params, tmp_path):
@@ -152,10 +166,17 @@ def test_several_add_up_each_with_its_scale(params, tmp_path):
     wide = lora_file(tmp_path / "b.safetensors", peft, rank=2, layers=(DENSE, CONV))
     second = load_lora(wide, TABLES)["unet"]
     both = attach(params, [first, second], scale=[0.3, -1.5])
-    wanted = fuse(fuse(params, first, scale=0.3), second, scale=-1.5)
-    got, want = (MODEL.apply({"params": p}, X_T, T) for p in (both, wanted))
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
-    assert jax.tree.structure(detach(both)) == jax.tree.structure(params)
+    fused = run(fuse(fuse(params, first, scale=0.3), second, scale=-1.5))
+    assert relative(run(both), fused) <= 1e-4
+    in_turn = attach(attach(params, first, scale=0.3), second, scale=-1.5)
+    jax.tree.map(np.testing.assert_array_equal, in_turn, both)
+    jax.tree.map(np.testing.assert_array_equal, detach(both), params)
+
+
+def test_ranks_that_are_not_those_of_the_branches_are_refused(params, tmp_path):
+    lora = load_lora(lora_file(tmp_path / "a.safetensors", peft, layers=(DENSE,)), TABLES)["unet"]
+    with pytest.raises(ValueError, match="got 2 in all for attentions_0/to_q, which has 3"):
+        rescale(attach(params, lora), [{"attentions_0/to_q": 2}], [1.0])
 
 
 def test_quantizing_leaves_a_side_branch_in_float(params, tmp_path):
@@ -165,6 +186,34 @@ def test_quantizing_leaves_a_side_branch_in_float(params, tmp_path):
     flat = traverse_util.flatten_dict(quantized, is_leaf=lambda _, leaf: is_qtensor(leaf))
     branches = [leaf for path, leaf in flat.items() if path[-1].startswith("lora_")]
     assert branches and not any(map(is_qtensor, branches))
+
+
+def test_layers_that_are_stored_fused_are_changed_each_in_its_part(tmp_path):
+    """As the three projections of DiT are."""
+    part = lambda i: Target(("qkv", "kernel"), (4, 8), linear, part=(i, 2))
+    tables = {"unet": {"to_q.weight": part(0), "to_k.weight": part(1)}}
+    q, k = ((down[:, :, 0, 0], up[:, :, 0, 0]) for down, up in (factors(ONE, 3), factors(ONE, 2)))
+    q, k = ((down[:, :8], up) for down, up in (q, k))
+    tensors = {f"unet.to_{n}.lora_A.weight": w[0] for n, w in zip("qk", (q, k), strict=True)}
+    tensors |= {f"unet.to_{n}.lora_B.weight": w[1] for n, w in zip("qk", (q, k), strict=True)}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    lora = load_lora(tmp_path / "a.safetensors", tables)["unet"]
+    kernel = np.ones((8, 8), np.float32)
+    fused = fuse({"qkv": {"kernel": jnp.asarray(kernel)}}, lora)["qkv"]["kernel"]
+    np.testing.assert_allclose(fused[:, :4], kernel[:, :4] + (q[1] @ q[0]).T, rtol=1e-5)
+    np.testing.assert_allclose(fused[:, 4:], kernel[:, 4:] + (k[1] @ k[0]).T, rtol=1e-5)
+
+
+def test_a_layer_in_two_spellings_counts_once_if_they_agree(tmp_path):
+    down, up = factors(DENSE, 3)
+    both = {spell(DENSE, "down"): down for spell in (peft, kohya)}
+    both |= {spell(DENSE, "up"): up for spell in (peft, kohya)}
+    write_tensors(tmp_path / "a.safetensors", both)
+    [found] = load_lora(tmp_path / "a.safetensors", TABLES)["unet"].layers.values()
+    np.testing.assert_array_equal(found.up, up.T)
+    write_tensors(tmp_path / "b.safetensors", both | {kohya(DENSE, "up"): 2 * up})
+    with pytest.raises(ValueError, match="1 of one layer, saying different things"):
+        load_lora(tmp_path / "b.safetensors", TABLES)
 
 
 def test_alpha_over_rank_scales_the_change(params, tmp_path):
@@ -200,7 +249,7 @@ def test_keys_without_a_layer_are_all_named(tmp_path):
         peft,
         layers=(DENSE,),
         **{
-            "unet.mid_block.attentions.9.to_q.lora_A.weight": np.zeros((3, 16), np.float32),
+            "unet.attentions.9.to_q.lora_A.weight": np.zeros((3, 16), np.float32),
             f"unet.{DENSE}.lora_magnitude_vector": np.zeros(16, np.float32),
             f"unet.{OUT}.hada_w1_a": np.zeros((3, 3), np.float32),
         },
@@ -225,14 +274,20 @@ def test_half_a_lora_and_wrong_shapes_are_named_at_once(tmp_path):
         load_lora(tmp_path / "a.safetensors", TABLES)
 
 
-def test_a_quantized_kernel_cannot_be_fused(params, tmp_path):
+def test_params_that_a_lora_does_not_suit_are_refused(params, tmp_path):
     lora = load_lora(lora_file(tmp_path / "a.safetensors", peft), TABLES)["unet"]
-    with pytest.raises(ValueError, match="before quantize, or use attach"):
+    with pytest.raises(ValueError, match="before quantize, or put it beside them"):
         fuse(qjax.quantize(params, qjax.recipes.w8a8()), lora)
     with pytest.raises(ValueError, match="layers that these params do not have"):
-        attach({"conv_in": params["conv_in"]}, lora)
+        attach({"conv1": params["conv1"]}, lora)
     with pytest.raises(ValueError, match="one number for each LoRA"):
         attach(params, lora, scale=[1.0, 2.0])
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {})
+    with pytest.raises(ValueError, match="it holds none"):
+        load_lora(tmp_path / "a.safetensors", TABLES)
 
 
 def test_pickles_and_missing_files_are_refused(tmp_path):
