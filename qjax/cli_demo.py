@@ -26,6 +26,7 @@ def demo(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     with output.progress("demo") as tell:
         shown = demo_.run_demo(
             settings.out,
+            models=demo_.models_to_show(everything=settings.full),
             images=images,
             steps=steps,
             names=names,

@@ -64,9 +64,20 @@ class Shown:
         return ("files on disk", *map(bytes_text, (self.bytes_on_disk["float"], *sizes)))
 
 
+def models_to_show(*, everything: bool) -> list[str]:
+    """The shipped models; of those that differ in what they predict alone only the first.
+
+    Args:
+      everything: Whether the others are shown, too.
+    """
+    names = qjax.zoo_names()
+    return names if everything else [name for name in names if not name.endswith("-v")]
+
+
 def run_demo(
     out: Path,
     *,
+    models: Sequence[str],
     images: int,
     steps: int,
     names: Sequence[str],
@@ -78,6 +89,7 @@ def run_demo(
 
     Args:
       out: Folder for everything; created.
+      models: Shipped models.
       images: Pictures by each model.
       steps: Steps of the sampler.
       names: Recipes.
@@ -88,7 +100,6 @@ def run_demo(
     Raises:
       ValueError: If no models are shipped, or `out` holds something else.
     """
-    models = qjax.zoo_names()
     if not models:
         raise ValueError("No models came with this installation; install qjax again.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).exists():

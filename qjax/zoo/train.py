@@ -61,8 +61,8 @@ RUNS = {
     "fashion-dit": TrainConfig(steps=4500, learning_rate=1.5e-3),
     "fashion-unet": TrainConfig(steps=10000, batch=64, learning_rate=2e-3),
     "fashion-vae": TrainConfig(steps=2500, batch=64, learning_rate=2e-3, ema=0.998),
-    "fashion-ldm": TrainConfig(steps=5000, learning_rate=1.5e-3),
-    "fashion-ldm-v": TrainConfig(steps=5000, learning_rate=1.5e-3),
+    "fashion-ldm": TrainConfig(steps=4000, learning_rate=1.5e-3),
+    "fashion-ldm-v": TrainConfig(steps=2500, learning_rate=1.5e-3),
     "fashion-features": TrainConfig(steps=3000, learning_rate=2e-3, ema=0.998),
 }
 

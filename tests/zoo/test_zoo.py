@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from qjax import recipes, zoo
+from qjax.core.metrics import class_agreement
 from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import plan, tree_bytes
 from qjax.models.denoisers import abstract_params, build_denoiser
 from qjax.models.dit import DiT
 from qjax.models.features import FeatureNet, FeatureNetConfig
 from qjax.models.loading import load_pipeline
+from qjax.models.saving_sides import sides_of
 from qjax.zoo import judge, train
 from qjax.zoo import models as zoo_models
 from qjax.zoo.data import CLASSES, DEFAULT_FOLDER, fashion_mnist, read_idx, to_float
@@ -273,27 +275,38 @@ def test_the_record_of_the_classifier_is_true():
 # The weights that ship.
 
 
+CONFIGS = {
+    "fashion-dit": zoo_models.FASHION_DIT,
+    "fashion-ldm": zoo_models.FASHION_LDM,
+    "fashion-ldm-v": zoo_models.FASHION_LDM,
+    "fashion-unet": zoo_models.FASHION_UNET,
+}
+SHAPES = {name: (8, 8, 4) if "ldm" in name else (32, 32, 1) for name in CONFIGS}
+
+
 def fp16_bytes(name: str) -> int:
-    """Bytes of a shipped model's parameters in float16, each counted once."""
+    """Bytes of a shipped denoiser's parameters in float16, each counted once."""
     return plan(shapes_of(name), recipes.w8a8().quant).bytes_before
 
 
 def shapes_of(name: str):
-    config = {"fashion-dit": zoo_models.FASHION_DIT, "fashion-unet": zoo_models.FASHION_UNET}[name]
-    data = config.to_diffusers()
+    data = CONFIGS[name].to_diffusers()
     return abstract_params(build_denoiser(data["_class_name"], data))
 
 
 def test_all_weights_together_are_small_enough_to_ship():
     weights = list(zoo.FOLDER.rglob("*.safetensors"))
-    assert len(weights) == len(zoo.names()) + 2  # the classifier has two files
+    # The classifier has two files, a latent model an autoencoder and a class embedder.
+    assert len(weights) == len(zoo.names()) + 2 + 2 * sum("ldm" in name for name in zoo.names())
     assert sum(path.stat().st_size for path in weights) <= 25e6
 
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_every_shipped_model_loads(name):
     pipe = load_pipeline(zoo.FOLDER / name)
-    assert pipe.shape == (32, 32, 1) and pipe.num_labels == 10
+    assert pipe.shape == SHAPES[name] and pipe.image_shape == (32, 32, 1)
+    assert pipe.num_labels == 10 and pipe.null_label == 10
+    assert pipe.sampler.prediction_type == zoo_models.PREDICTION_TYPES.get(name, "epsilon")
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(pipe.params))
     record = json.loads((zoo.FOLDER / name / "zoo.json").read_text())
     assert record["name"] == name and record["labels"] == list(CLASSES)
@@ -304,8 +317,9 @@ def test_every_shipped_model_loads(name):
 def test_a_quantized_shipped_model_is_as_small_as_promised(name, recipe, most, tmp_path):
     """On disk, manifest included, and on the device, where no array is narrower than it says.
 
-    Live bytes are those of all JAX arrays that the load has added. Codes below 8 bits are
-    packed into bytes, so `nbytes` counts them by their bits.
+    The networks beside a denoiser stay in float and are left out. Live bytes are those of
+    all JAX arrays that the load has added. Codes below 8 bits are packed into bytes, so
+    `nbytes` counts them by their bits.
     """
     quant = recipes.by_name(recipe).quant
     # The search of the ranges changes no size, and takes a minute to compile.
@@ -316,12 +330,32 @@ def test_a_quantized_shipped_model_is_as_small_as_promised(name, recipe, most, t
     gc.collect()
     live = sum(array.nbytes for array in jax.live_arrays()) - before
     assert all(leaf.dtype != jnp.int4 for leaf in jax.tree.leaves(pipe.params))
-    pipe.save(tmp_path / "saved")
+    beside = [one.params for one in sides_of(pipe).components.values()]
+    live -= sum(leaf.nbytes for leaf in jax.tree.leaves(beside))
+    pipe.replace(conditioner=None, decoder=None).save(tmp_path / "saved")
     on_disk = sum(path.stat().st_size for path in (tmp_path / "saved").iterdir())
     assert live == tree_bytes(pipe.params)
     assert live <= most * fp16_bytes(name)
     assert on_disk <= most * fp16_bytes(name)
     assert any(map(is_qtensor, jax.tree.leaves(pipe.params, is_leaf=is_qtensor)))
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if "ldm" in name])
+def test_a_forward_of_a_latent_model_takes_at_most_a_fifth_of_a_gigaflop(name):
+    pipe = load_pipeline(zoo.FOLDER / name)
+    told, _ = pipe.condition(1, labels=[3])
+    inputs = (jnp.zeros((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32), told)
+    cost = jax.jit(pipe.apply).lower({"params": pipe.params}, *inputs).compile().cost_analysis()
+    assert cost["flops"] <= 2e8
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if "ldm" in name])
+def test_a_latent_model_draws_the_class_that_it_is_asked_for(name):
+    """85 % of 100 pictures at least; `benchmarks/zoo_quality.py` counts 1,000."""
+    pipe = load_pipeline(zoo.FOLDER / name)
+    labels = np.arange(100) % 10
+    images = pipe(labels=labels, steps=10, guidance_scale=3.0, key=jax.random.key(0))
+    assert class_agreement(judge.judge(np.asarray(images)).classes, labels) >= 0.85
 
 
 @pytest.mark.torch_oracle
@@ -332,17 +366,32 @@ def test_diffusers_loads_a_shipped_folder_and_predicts_the_same(name):
     import diffusers
 
     pipe = load_pipeline(zoo.FOLDER / name)
-    component = "unet" if name == "fashion-unet" else "transformer"
+    component = "transformer" if name == "fashion-dit" else "unet"
     theirs = getattr(diffusers, pipe.source.model).from_pretrained(zoo.FOLDER / name / component)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 32, 32, 1)).astype(np.float32)
+    x = rng.standard_normal((2, *SHAPES[name])).astype(np.float32)
     t, labels = np.array([3, 801]), np.array([4, 10])
     ours = np.asarray(pipe.predict(x, t, labels))
+    told = np.asarray(pipe.condition(2, labels=labels)[0].text) if "ldm" in name else labels
     with torch.no_grad():
-        inputs = (torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(labels))
+        inputs = (torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(told))
         expected = theirs.float().eval()(*inputs).sample.numpy().transpose(0, 2, 3, 1)
     assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
     scheduler = diffusers.DDIMScheduler.from_pretrained(zoo.FOLDER / name / "scheduler")
     np.testing.assert_allclose(
         scheduler.alphas_cumprod.numpy(), pipe.sampler.schedule.alpha_bar, rtol=1e-5
     )
+
+
+def test_networks_beside_the_denoiser_are_saved_in_the_float16_they_came_in(tmp_path):
+    pipe = load_pipeline(zoo.FOLDER / "fashion-ldm")
+    pipe.save(tmp_path / "saved")
+    alone = tmp_path / "alone"
+    pipe.replace(conditioner=None, decoder=None).save(alone)
+    bytes_of = lambda folder: (folder / "model.safetensors").stat().st_size
+    beside = [one.params for one in sides_of(pipe).components.values()]
+    values = sum(leaf.size for leaf in jax.tree.leaves(beside))
+    added = bytes_of(tmp_path / "saved") - bytes_of(alone)
+    assert 2 * values <= added <= 2.1 * values
+    again = load_pipeline(tmp_path / "saved")
+    assert_same([one.params for one in sides_of(again).components.values()], beside)
