@@ -28,9 +28,10 @@ import numpy as np
 from flax import linen as nn
 
 from qjax.core.layers import Conv, Dense
-from qjax.core.typing import Array, Float, Int
+from qjax.core.typing import Array, Float, Int, Params
 from qjax.models.attention import dot_product_attention
 from qjax.models.embeddings import timestep_embedding
+from qjax.models.time_rows import at_paths, time_row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,21 +184,31 @@ def layer_norm(x: Float[Array, "b t d"], eps: float) -> Float[Array, "b t d"]:
 
 
 class Conditioning(nn.Module):
-    """Timestep embedding plus class embedding, `[b, d]`."""
+    """Timestep embedding plus class embedding, `[b, d]`.
+
+    Where the row of a time table has the first, it is read there (`time_rows.py`).
+    """
 
     config: DiTConfig
     dtype: jnp.dtype | None = None
 
-    @nn.compact
+    def setup(self):
+        config, init = self.config, nn.initializers.normal(0.02)
+        self.time_in = Dense(config.width, kernel_init=init)
+        self.time_out = Dense(config.width, kernel_init=init)
+        self.label = nn.Embed(config.num_classes + 1, config.width, embedding_init=init)
+
     def __call__(self, t: Array, labels: Int[Array, " b"]) -> Float[Array, "b d"]:
-        config = self.config
-        init = nn.initializers.normal(0.02)
-        h = timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=config.freq_shift)
+        h = time_row(self, "time_out", self.dtype or jnp.float32)
+        h = self.of_time(t) if h is None else h
+        return h + self.label(labels).astype(h.dtype)
+
+    def of_time(self, t: Array) -> Float[Array, "b d"]:
+        """The part that depends on the timestep alone."""
+        shift = self.config.freq_shift
+        h = timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=shift)
         h = h if self.dtype is None else h.astype(self.dtype)
-        h = Dense(config.width, kernel_init=init, name="time_in")(h)
-        h = Dense(config.width, kernel_init=init, name="time_out")(nn.silu(h))
-        table = nn.Embed(config.num_classes + 1, config.width, embedding_init=init, name="label")
-        return h + table(labels).astype(h.dtype)
+        return self.time_out(nn.silu(self.time_in(h)))
 
 
 class Attention(nn.Module):
@@ -291,3 +302,15 @@ class DiT(nn.Module):
         patches = Dense(p * p * config.out_channels, kernel_init=zeros, name="final_linear")(tokens)
         grid = patches.reshape(b, side, side, p, p, config.out_channels)
         return jnp.einsum("bhwpqc->bhpwqc", grid).reshape(b, h, w, config.out_channels)
+
+    @nn.nowrap
+    def time_layers(self) -> tuple[str, ...]:
+        """Paths of the layers that are of t alone; what modulates the blocks is not."""
+        return ("conditioning/time_in", "conditioning/time_out")
+
+    @nn.nowrap
+    def time_table(self, params: Params, t: Float[Array, " s"]) -> dict[str, Any]:
+        """The rows of timesteps `t`, computed in float32."""
+        conditioning = Conditioning(self.config)
+        time = conditioning.apply({"params": params["conditioning"]}, t, method="of_time")
+        return at_paths([("conditioning/time_out", time)])

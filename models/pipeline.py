@@ -107,6 +107,9 @@ class Pipeline:
     holds them, so that few programs serve many sizes. None draws every size as it is asked."""
     step_table: StepTable | None = None
     """What changes from step to step in a quantized model."""
+    time_layers: Params | None = None
+    """Float layers that are not in `params` but stand in the step table as their outputs; what
+    `retarget` makes other rows of. None: they are in `params`, or were not kept."""
     method: str | None = None
     """Name or hash of how `params` were quantized, compared with the step table's keys."""
     quant: QuantConfig | None = None
@@ -213,6 +216,23 @@ class Pipeline:
         """The settings of a run, as the entries of a step table are compared with them."""
         key = self.sampler.table_key(steps, eta=eta, guidance_scale=guidance_scale)
         return dataclasses.replace(key, method=self.method)
+
+    def retarget(
+        self, *, steps: int, eta: float | None = None, guidance_scale: float | None = None
+    ) -> Pipeline:
+        """The pipeline with its step table made to suit another run (`retargeting`).
+
+        Args:
+          steps: Steps of the run.
+          eta: Of the run; None if no entry of the table shall be judged by it.
+          guidance_scale: Likewise.
+
+        Raises:
+          ValueError: If an entry cannot be made to suit, for its float layers are not at hand.
+        """
+        from qjax.models.retargeting import retarget  # it returns pipelines
+
+        return retarget(self, steps=steps, eta=eta, guidance_scale=guidance_scale)
 
     @property
     def reads_prompts(self) -> bool:

@@ -9,18 +9,20 @@ normalisation and an activation, and takes in the time vector `e` between the tw
     y = (shortcut(x) + conv2(act(a))) / output_scale
 
 with `e` passed through the activation first. Parameters carry the names that diffusers'
-`ResnetBlock2D` gives them.
+`ResnetBlock2D` gives them. Where the row of a time table has a block's `W e`, the block reads
+it there (`time_rows.py`).
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.core.layers import Conv, Dense
-from qjax.core.typing import Array, Float
+from qjax.core.typing import Array, Float, Params
+from qjax.models.time_rows import PROJECTION, at_paths, subtree, time_row
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -130,6 +132,7 @@ class ResnetBlock(nn.Module):
       time_scale_shift: How the time vector enters; the formulas head this file.
       output_scale: The sum is divided by it.
       resample: Whether the block also halves or doubles the image.
+      timed: Whether the block must be told the time; then neither a vector nor a row is an error.
     """
 
     features: int
@@ -139,6 +142,7 @@ class ResnetBlock(nn.Module):
     time_scale_shift: Literal["default", "scale_shift"] = "default"
     output_scale: float = 1.0
     resample: Literal["up", "down"] | None = None
+    timed: bool = False
 
     @nn.compact
     def __call__(
@@ -151,14 +155,18 @@ class ResnetBlock(nn.Module):
             x, h = resize(x), resize(h)
         h = Conv(self.features, padding=SAME_3X3, name="conv1")(h)
 
+        vectors = None
+        if time is not None or self.timed:
+            vectors = time_row(self, PROJECTION, h.dtype, computable=time is not None)
+        if vectors is None and time is not None:
+            width = self.features if self.time_scale_shift == "default" else 2 * self.features
+            vectors = Dense(width, name=PROJECTION)(act(time))
         norm2 = GroupNorm(self.groups, self.eps, name="norm2")
-        if time is None:
+        if vectors is None:
             h = norm2(h)
         elif self.time_scale_shift == "default":
-            shift = Dense(self.features, name="time_emb_proj")(act(time))
-            h = norm2(h + shift[:, None, None, :])
+            h = norm2(h + vectors[:, None, None, :])
         else:
-            vectors = Dense(2 * self.features, name="time_emb_proj")(act(time))
             scale, shift = jnp.split(vectors[:, None, None, :], 2, axis=-1)
             h = norm2(h) * (1 + scale) + shift
 
@@ -166,3 +174,17 @@ class ResnetBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = Conv(self.features, (1, 1), padding="VALID", name="conv_shortcut")(x)
         return (x + h) / self.output_scale
+
+
+def projections(
+    params: Params, blocks: Iterable[str], time: Float[Array, "s d"], *, act: str
+) -> dict[str, Any]:
+    """What the blocks at these paths read of the time vectors: rows of a time table, `[s, c]`."""
+    activated = ACTIVATIONS[act](time)
+
+    def project(layer: Params) -> Any:
+        width = layer["kernel"].shape[-1]
+        return Dense(width, use_bias="bias" in layer).apply({"params": layer}, activated)
+
+    paths = [f"{block}/{PROJECTION}" for block in blocks]
+    return at_paths((path, project(subtree(params, path))) for path in paths)

@@ -2,12 +2,14 @@
 
 What `qjax.core.serialize` writes: params and step table as one tree, and in the manifest's
 record what it takes to build network and sampler again, the rules by which the params were
-quantized, and the hash of the float params they were made of.
+quantized, and the hash of the float params they were made of. Layers that a time table stands
+for may be missing from the params; the record names them (`saving_time`).
 """
 
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from qjax.core.manifest import MANIFEST
 from qjax.core.qtensor import is_qtensor
 from qjax.core.steps import StepTable, TableKey
 from qjax.models.denoisers import abstract_params, build_denoiser
+from qjax.models.lora import detach
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import Sampler, sampler_from_diffusers
 from qjax.models.saving_sides import read_sides, sides_of
+from qjax.models.saving_time import read_time, without_dropped, write_time
+from qjax.models.time_table import dropped_layers
 
 _FIELDS = ("shape", "null_label", "num_labels", "guidance_channels", "method", "buckets")
 
@@ -38,7 +43,7 @@ def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
         runs (it came from `from_apply` without a `source`), or one without a port here.
     """
     source = with_digest(pipe)
-    build_denoiser(source.model, source.config)
+    model = build_denoiser(source.model, source.config).model
     table, sides = pipe.step_table or StepTable(), sides_of(pipe)
     record = {
         "source": {**dataclasses.asdict(source), "config": dict(source.config)},
@@ -53,11 +58,13 @@ def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
         tree["step_table"] = table.entries
     if sides.params:
         tree["sides"] = sides.params
-    serialize.save(folder, tree, record, files=sides.files)
+    with tempfile.TemporaryDirectory() as scratch:
+        record["time"], files = write_time(pipe, model, Path(scratch))
+        serialize.save(folder, tree, record, files=sides.files | files)
 
 
 def with_digest(pipe: Pipeline) -> Source:
-    """The source of a pipeline, with the hash of its float parameters where they are at hand.
+    """The source of a pipeline, with the hash of its float parameters where all are at hand.
 
     Raises:
       ValueError: If the pipeline has no source.
@@ -69,8 +76,11 @@ def with_digest(pipe: Pipeline) -> Source:
             "from from_apply without one. Save its params with qjax.core.serialize.save."
         )
     leaves = jax.tree.leaves(dict(pipe.params), is_leaf=is_qtensor)
-    if not any(map(is_qtensor, leaves)):
-        source = dataclasses.replace(source, sha256=serialize.params_digest(pipe.params))
+    model = getattr(pipe.apply, "__self__", None)
+    if not any(map(is_qtensor, leaves)) and not dropped_layers(model, pipe.params):
+        # LoRAs beside the weights do not make them others.
+        digest = serialize.params_digest(detach(pipe.params))
+        source = dataclasses.replace(source, sha256=digest)
     return source
 
 
@@ -93,7 +103,9 @@ def load_saved(folder: Path) -> Pipeline:
         sampler: Sampler = sampler_from_diffusers(record["sampler"])
         quant = None if record["quant"] is None else QuantConfig.from_dict(record["quant"])
         denoiser = build_denoiser(source.model, source.config)
-        # Saves from before there were sides have none.
+        # Saves from before there were sides, or time tables, have none.
+        time = record.get("time", {"dropped": [], "sha256": None})
+        expected = without_dropped(denoiser.model, abstract_params(denoiser), time)
         sides = (
             read_sides(folder, record["sides"], tree.get("sides", {})) if "sides" in record else {}
         )
@@ -104,12 +116,13 @@ def load_saved(folder: Path) -> Pipeline:
             source=source,
             quant=quant,
             step_table=_step_table(record["step_table"], tree.get("step_table", {})),
+            time_layers=read_time(folder, time),
             **record["fields"],
             **sides,
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} does not describe a pipeline: {error!r}.") from None
-    _check_shapes(folder, abstract_params(denoiser), pipe.params)
+    _check_shapes(folder, expected, pipe.params)
     return pipe
 
 

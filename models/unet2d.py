@@ -8,8 +8,10 @@ to the input of a ResNet block on the way up. All ResNet blocks read one time ve
 
     e = MLP(time_proj(t)) + class embedding
 
-The function is that of diffusers' `UNet2DModel`, with its names for settings and
-parameters (`down_blocks.0.resnets.1.conv1` is `down_blocks_0/resnets_1/conv1` here).
+or, where there is the row of a time table, what that has in its place (`time_rows.py`).
+
+The function is that of diffusers' `UNet2DModel`, with its names for settings and parameters
+(`down_blocks.0.resnets.1.conv1` is `down_blocks_0/resnets_1/conv1` here).
 
 References:
   Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239.
@@ -18,16 +20,31 @@ References:
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.core.layers import Conv
-from qjax.core.typing import Array, Float
+from qjax.core.typing import Array, Float, Params
 from qjax.models.attention import AttentionBlock
 from qjax.models.embeddings import TimestepEmbedding, timestep_embedding
-from qjax.models.resnet import SAME_3X3, Downsample, GroupNorm, ResnetBlock, Upsample
+from qjax.models.resnet import (
+    SAME_3X3,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+    projections,
+)
+from qjax.models.time_rows import (
+    PROJECTION,
+    VECTOR,
+    at_paths,
+    has_projection_rows,
+    time_row,
+)
 from qjax.models.unet2d_config import UNet2DConfig
 
 
@@ -38,6 +55,7 @@ def _resnet(config: UNet2DConfig, features: int, name: str, **settings) -> Resne
         eps=config.norm_eps,
         act=config.act_fn,
         time_scale_shift=config.resnet_time_scale_shift,
+        timed=True,
         name=name,
         **settings,
     )
@@ -106,7 +124,7 @@ class DownBlock(nn.Module):
     downsample: str | None
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b h w c"], time: Float[Array, "b d"]) -> list[Array]:
+    def __call__(self, h: Float[Array, "b h w c"], time: Float[Array, "b d"] | None) -> list[Array]:
         """All outputs, each kept for the way up; the last one goes on to the next block."""
         config, outputs = self.config, []
         for i in range(config.layers_per_block):
@@ -130,7 +148,7 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "b h w c"], time: Float[Array, "b d"]
+        self, h: Float[Array, "b h w c"], time: Float[Array, "b d"] | None
     ) -> Float[Array, "b h w c"]:
         config, features = self.config, h.shape[-1]
         divisor = {"output_scale": config.mid_block_scale_factor}
@@ -158,7 +176,7 @@ class UpBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "b h w c"], skips: list[Array], time: Float[Array, "b d"]
+        self, h: Float[Array, "b h w c"], skips: list[Array], time: Float[Array, "b d"] | None
     ) -> Float[Array, "b h2 w2 o"]:
         """`skips` in the order in which they are used, one for each ResNet block."""
         config = self.config
@@ -207,10 +225,14 @@ class UNet2DModel(nn.Module):
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
 
         time_proj = TimeProjection(config, name="time_proj")
-        time = TimestepEmbedding(config.time_dim, name="time_embedding")(
-            time_proj(t).astype(x_t.dtype)
-        )
+        time = None
+        if config.has_labels or not has_projection_rows(self):
+            time = time_row(self, VECTOR, x_t.dtype)
+            if time is None:
+                mlp = TimestepEmbedding(config.time_dim, name=VECTOR)
+                time = mlp(time_proj(t).astype(x_t.dtype))
         if labels is not None:
+            assert time is not None  # it has no rows of projections
             if config.class_embed_type == "identity":
                 vector = labels
             elif config.class_embed_type == "timestep":
@@ -246,6 +268,28 @@ class UNet2DModel(nn.Module):
         return prediction
 
     @nn.nowrap
+    def time_layers(self) -> tuple[str, ...]:
+        """Paths of the layers that are of t alone; the projections only without labels."""
+        config = self.config
+        layers: tuple[str, ...] = (VECTOR,)
+        # Labels of the type "timestep" go through the same features.
+        if config.time_embedding_type != "positional" and config.class_embed_type != "timestep":
+            layers = ("time_proj", VECTOR)
+        if config.has_labels:
+            return layers
+        return layers + tuple(f"{block}/{PROJECTION}" for block in _resnet_names(config))
+
+    @nn.nowrap
+    def time_table(self, params: Params, t: Float[Array, " s"]) -> dict[str, Any]:
+        """The rows of timesteps `t`, computed in float32."""
+        config = self.config
+        features = TimeProjection(config).apply({"params": params.get("time_proj", {})}, t)
+        time: Any = TimestepEmbedding(config.time_dim).apply({"params": params[VECTOR]}, features)
+        if config.has_labels:
+            return at_paths([(VECTOR, time)])
+        return projections(params, _resnet_names(config), time, act=config.act_fn)
+
+    @nn.nowrap
     def _check(self, x_t: Array, labels: Array | None) -> None:
         config, multiple = self.config, self.config.size_multiple
         if x_t.shape[1] % multiple or x_t.shape[2] % multiple:
@@ -264,3 +308,17 @@ class UNet2DModel(nn.Module):
                 "this UNet is unconditional (class_embed_type and num_class_embeds are None); "
                 "call it with labels=None."
             )
+
+
+def _resnet_names(config: UNet2DConfig) -> tuple[str, ...]:
+    """Paths of all ResNet blocks."""
+    names: list[str] = []
+    for i, (_, downsample) in enumerate(config.down_plan):
+        names += [f"down_blocks_{i}/resnets_{j}" for j in range(config.layers_per_block)]
+        names += [f"down_blocks_{i}/downsamplers_0"] if downsample == "resnet" else []
+    if config.mid_block_type is not None:
+        names += ["mid_block/resnets_0", "mid_block/resnets_1"]
+    for i, (_, upsample) in enumerate(config.up_plan):
+        names += [f"up_blocks_{i}/resnets_{j}" for j in range(config.layers_per_block + 1)]
+        names += [f"up_blocks_{i}/upsamplers_0"] if upsample == "resnet" else []
+    return tuple(names)

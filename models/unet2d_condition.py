@@ -15,6 +15,9 @@ compute the vectors of all its steps in advance:
     rows = model.apply(variables, timesteps, method="time_vector")                  # [s, d]
     prediction = model.apply(variables, x_t, rows[i : i + 1], conditioning, method="denoise")
 
+and what every ResNet block makes of them too: `time_table` does, and a row of it, given as the
+collection `"time"`, takes the place of the layers that it was made of (`time_rows.py`).
+
 The function is that of diffusers' `UNet2DConditionModel`, with its names for settings and
 parameters (`down_blocks.0.attentions.1.norm` is `down_blocks_0/attentions_1/norm` here).
 Heights and widths need not divide by the number of halvings: an up block resizes to the size
@@ -27,15 +30,23 @@ References:
   Luo et al., Latent Consistency Models, 2023, https://arxiv.org/abs/2310.04378, for `guidance`.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.core.layers import Conv, Dense
-from qjax.core.typing import Array, Float
+from qjax.core.typing import Array, Float, Params
 from qjax.models.embeddings import timestep_embedding
-from qjax.models.resnet import ACTIVATIONS, GroupNorm
+from qjax.models.resnet import ACTIVATIONS, GroupNorm, projections
+from qjax.models.time_rows import (
+    PROJECTION,
+    VECTOR,
+    at_paths,
+    has_projection_rows,
+    time_row,
+)
 from qjax.models.unet2d_condition_blocks import DownBlock, MidBlock, UpBlock
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_condition_inputs import (
@@ -44,7 +55,7 @@ from qjax.models.unet2d_condition_inputs import (
     Conditioning,
     check_conditioning,
 )
-from qjax.models.unet2d_condition_plan import down_plan, mid_plan, up_plan
+from qjax.models.unet2d_condition_plan import down_plan, mid_plan, resnet_names, up_plan
 
 
 class TimeEmbedding(nn.Module):
@@ -127,8 +138,10 @@ class UNet2DConditionModel(nn.Module):
             expected or of another shape: all are named.
         """
         check_conditioning(self.config, conditioning, OF_TIME + OF_TEXT, batch=x_t.shape[0])
-        t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
-        time = self.time_vector(t, conditioning, dtype=self.dtype or x_t.dtype)
+        time = None
+        if not (self.config.time_vector_is_of_t_alone and has_projection_rows(self)):
+            t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+            time = self.time_vector(t, conditioning, dtype=self.dtype or x_t.dtype)
         return self.denoise(x_t, time, conditioning)
 
     def time_vector(
@@ -149,17 +162,11 @@ class UNet2DConditionModel(nn.Module):
         config, dtype = self.config, dtype or self.dtype or jnp.float32
         check_conditioning(config, conditioning, OF_TIME)
         given = conditioning or Conditioning()
-
-        def waves(t: Array, width: int) -> Array:
-            return timestep_embedding(
-                t,
-                width,
-                flip_sin_to_cos=config.flip_sin_to_cos,
-                downscale_freq_shift=config.freq_shift,
-            ).astype(dtype)
-
-        guidance = None if given.guidance is None else given.guidance.astype(dtype)
-        time = self.time_embedding(waves(t, config.block_out_channels[0]), guidance)
+        waves = functools.partial(self._waves, dtype=dtype)
+        time = None if given.guidance is not None else time_row(self, VECTOR, dtype)
+        if time is None:
+            guidance = None if given.guidance is None else given.guidance.astype(dtype)
+            time = self.time_embedding(waves(t, config.block_out_channels[0]), guidance)
         if given.labels is not None:
             labels = given.labels
             if config.class_embed_type == "timestep":
@@ -177,15 +184,46 @@ class UNet2DConditionModel(nn.Module):
             time = time + self.add_embedding(added)
         return time
 
+    @nn.nowrap
+    def _waves(self, t: Array, width: int, *, dtype: jnp.dtype) -> Float[Array, "b d"]:
+        return timestep_embedding(
+            t,
+            width,
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            downscale_freq_shift=self.config.freq_shift,
+        ).astype(dtype)
+
+    @nn.nowrap
+    def time_layers(self) -> tuple[str, ...]:
+        """Paths of the layers that are of t alone; none where a guidance scale is embedded."""
+        if "guidance" in self.config.conditioning:
+            return ()
+        if not self.config.time_vector_is_of_t_alone:
+            return (VECTOR,)
+        blocks = resnet_names(self.config)
+        return (VECTOR, *(f"{block}/{PROJECTION}" for block in blocks))
+
+    @nn.nowrap
+    def time_table(self, params: Params, t: Float[Array, " s"]) -> dict[str, Any]:
+        """The rows of timesteps `t`, computed in float32."""
+        config = self.config
+        waves = self._waves(t, config.block_out_channels[0], dtype=jnp.dtype(jnp.float32))
+        mlp = TimeEmbedding(config.time_dim, config.act_fn)
+        time: Any = mlp.apply({"params": params[VECTOR]}, waves)
+        if not config.time_vector_is_of_t_alone:
+            return at_paths([(VECTOR, time)])
+        return projections(params, resnet_names(config), time, act=config.act_fn)
+
     def denoise(
         self,
         x_t: Float[Array, "b h w c"],
-        time: Float[Array, "b d"],
+        time: Float[Array, "b d"] | None,
         conditioning: Conditioning | None = None,
     ) -> Float[Array, "b h w o"]:
         """The network's answer, given the time vector (`[b, d]`, or `[1, d]` for all images).
 
-        Of `conditioning` only `text` and `mask` are read.
+        The vector may be None where the collection `"time"` has every ResNet block's row. Of
+        `conditioning` only `text` and `mask` are read.
         """
         config = self.config
         check_conditioning(config, conditioning, OF_TEXT, batch=x_t.shape[0])
@@ -193,7 +231,7 @@ class UNet2DConditionModel(nn.Module):
         if any(plan.resample == "resnet" for plan in (*down_plan(config), *ups)):
             _check_size(config, x_t)
         x_t = x_t if self.dtype is None else x_t.astype(self.dtype)
-        time = time.astype(x_t.dtype)
+        time = None if time is None else time.astype(x_t.dtype)
         given = conditioning or Conditioning()
         text = None if given.text is None else given.text.astype(x_t.dtype)
 

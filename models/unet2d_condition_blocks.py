@@ -45,6 +45,7 @@ def _resnet(config: UNet2DConditionConfig, plan: BlockPlan, name: str, **setting
         act=config.act_fn,
         time_scale_shift=config.resnet_time_scale_shift,
         output_scale=plan.output_scale,
+        timed=True,
         name=name,
         **settings,
     )
@@ -89,7 +90,7 @@ class DownBlock(nn.Module):
     def __call__(
         self,
         h: Float[Array, "b h w c"],
-        time: Float[Array, "b d"],
+        time: Float[Array, "b d"] | None,
         text: Float[Array, "b t d2"] | None = None,
         mask: Shaped[Array, "b t"] | None = None,
     ) -> list[Array]:
@@ -117,7 +118,7 @@ class MidBlock(nn.Module):
     def __call__(
         self,
         h: Float[Array, "b h w c"],
-        time: Float[Array, "b d"],
+        time: Float[Array, "b d"] | None,
         text: Float[Array, "b t d2"] | None = None,
         mask: Shaped[Array, "b t"] | None = None,
     ) -> Float[Array, "b h w c"]:
@@ -140,7 +141,7 @@ class UpBlock(nn.Module):
         self,
         h: Float[Array, "b h w c"],
         skips: list[Array],
-        time: Float[Array, "b d"],
+        time: Float[Array, "b d"] | None,
         text: Float[Array, "b t d2"] | None = None,
         mask: Shaped[Array, "b t"] | None = None,
         *,

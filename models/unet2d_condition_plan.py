@@ -81,6 +81,23 @@ def up_plan(config: UNet2DConditionConfig) -> tuple[BlockPlan, ...]:
     )
 
 
+def resnet_names(config: UNet2DConditionConfig) -> tuple[str, ...]:
+    """Paths of all ResNet blocks, those that halve and double among them."""
+    names: list[str] = []
+    for way, sampler, plans in (
+        ("down", "downsamplers_0", down_plan(config)),
+        ("up", "upsamplers_0", up_plan(config)),
+    ):
+        for i, plan in enumerate(plans):
+            block = f"{way}_blocks_{i}"
+            names += [f"{block}/resnets_{j}" for j in range(len(plan.depths))]
+            names += [f"{block}/{sampler}"] if plan.resample == "resnet" else []
+    mid = mid_plan(config)
+    if mid is not None:
+        names += [f"mid_block/resnets_{j}" for j in range(len(mid.depths) + 1)]
+    return tuple(names)
+
+
 def _plan(
     config: UNet2DConditionConfig,
     i: int,

@@ -151,7 +151,8 @@ class StepTable:
             names = ", ".join(map(repr, bad))
             raise ValueError(
                 f"a step table serves the settings it was fitted for; got {said}. "
-                f"Calibrate again at the run's settings, or leave it out with drop({names})."
+                "Make it suit the run with pipe.retarget(steps=...), calibrate again at the run's "
+                f"settings, or leave it out with drop({names})."
             )
 
     def with_entry(self, name: str, value: Any, *, key: TableKey) -> StepTable:

@@ -1,0 +1,49 @@
+"""Time information precalculation as a stage: a float table in place of the time layers.
+
+What a network computes of the timestep alone is computed once, in float32, from the teacher's
+weights, for the timesteps at which the sampler will stop; the student's own layers, quantized
+or not, are left out. What a table holds depends on the network (`qjax.models.time_rows`).
+
+References:
+  Li et al., Efficiency Meets Fidelity, 2024, https://arxiv.org/abs/2412.06661.
+  Huang et al., TFMQ-DM, 2024, https://arxiv.org/abs/2311.16503, for what quantization does to
+  the temporal features of a network that still computes them.
+"""
+
+import dataclasses
+
+from qjax.calibrate.recipe import State
+from qjax.core.typing import PRNGKeyArray
+from qjax.models.retargeting import Keep, precalculate_time
+
+__all__ = ["TimePrecalculation"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimePrecalculation:
+    """The student with a time table of the teacher's float weights, and without its time layers.
+
+    Other entries of the student's step table stay, and must be of the same timesteps.
+
+    Attributes:
+      steps: Of the sampler; the pipeline draws with no other number until it is retargeted
+        (`Pipeline.retarget`).
+      keep: Dtype in which the float layers are kept beside the params, in a file of their own;
+        retargeting needs them. None leaves them out for good.
+    """
+
+    steps: int
+    keep: Keep | None = "float16"
+
+    def run(self, state: State, key: PRNGKeyArray) -> State:
+        """The state with the student's time tabulated; nothing is random.
+
+        Raises:
+          ValueError: If the network has nothing that depends on t alone, or the student's step
+            table is of other timesteps.
+        """
+        del key
+        student = precalculate_time(
+            state.student, state.teacher.params, steps=self.steps, keep=self.keep
+        )
+        return dataclasses.replace(state, student=student)
