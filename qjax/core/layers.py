@@ -86,11 +86,21 @@ class Dense(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(
+        self, x: Float[Array, "*b i"], *, quantized: Float[Array, "*b i"] | None = None
+    ) -> Float[Array, "*b o"]:
+        """The layer's output.
+
+        Args:
+          x: Input.
+          quantized: What the kernel multiplies in place of `x`, where a calibration simulates
+            low bits in float; a low-rank branch sees `x` in any case.
+        """
         kernel = _kernel(self, self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        y = ops.matmul(x, kernel, row=_row(self, kernel))
+        seen = x if quantized is None else quantized.astype(x.dtype)
+        y = ops.matmul(seen, kernel, row=_row(self, kernel))
         y = _low_rank(self, x, y, ops.matmul)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
@@ -125,14 +135,29 @@ class Conv(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self,
+        x: Float[Array, "b h w i"],
+        *,
+        quantized: Float[Array, "b h w i"] | None = None,
+        convolve: Callable[..., Array] = ops.conv,
+    ) -> Float[Array, "b h2 w2 o"]:
+        """The layer's output.
+
+        Args:
+          x: Images.
+          quantized: As for `Dense`.
+          convolve: The convolution with the kernel: `ops.conv`, or another form of it.
+        """
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = _kernel(self, self.kernel_init, shape, self.param_dtype)
         if self.dtype is not None:
             x = x.astype(self.dtype)
         row = _row(self, kernel)
-        conv = functools.partial(ops.conv, strides=self.strides, padding=self.padding)
-        y = _low_rank(self, x, conv(x, kernel, row=row), conv)
+        seen = x if quantized is None else quantized.astype(x.dtype)
+        y = convolve(seen, kernel, strides=self.strides, padding=self.padding, row=row)
+        branch = functools.partial(ops.conv, strides=self.strides, padding=self.padding)
+        y = _low_rank(self, x, y, branch)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)

@@ -1,0 +1,71 @@
+"""What a stage keeps on disk while it works, so that nothing is lost when it is killed.
+
+A stage is a sequence of parts with names, each a function of what is before it that gives a
+dict of arrays. `Work.part` runs one and writes its arrays, or reads them if an earlier run
+of the same recipe has written them: a run that is killed goes on at the part it was in, and
+ends with the same bits. A file appears under its name only when it is whole.
+
+The log is a JSON line for every event, with the seconds since the stage began.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.core.safetensors_io import open_tensors, write_tensors
+from qjax.core.typing import Array
+
+Arrays = dict[str, Array]
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+class Work:
+    """Parts and log of one stage.
+
+    Args:
+      folder: Where both are; None keeps nothing.
+      on_event: Called with every event of the log.
+    """
+
+    def __init__(self, folder: Path | None = None, on_event: OnEvent | None = None):
+        self.folder = folder
+        self._on_event = on_event
+        self._begin = time.monotonic()
+
+    def part(self, name: str, make: Callable[[], Mapping[str, Array]]) -> Arrays:
+        """The arrays of a part, made now or in an earlier run.
+
+        Args:
+          name: Its name: letters, digits, `-` and `_`.
+          make: Computes them.
+
+        Raises:
+          OSError: If the disk is full; what was written before stays, and the same run can go
+            on when there is room.
+        """
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        if path is not None and path.exists():
+            self.log("read", part=name)
+            return {key: jnp.asarray(t.read()) for key, t in open_tensors(path).items()}
+        arrays = {key: jnp.asarray(value) for key, value in make().items()}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, {key: np.asarray(a) for key, a in arrays.items()}, {})
+            self.log("wrote", part=name)
+        return arrays
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Add an event; its fields are numbers and texts."""
+        line = {"event": event, "seconds": round(time.monotonic() - self._begin, 2), **fields}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                print(json.dumps(line), file=file, flush=True)
+        if self._on_event is not None:
+            self._on_event(line)
