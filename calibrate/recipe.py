@@ -1,8 +1,9 @@
 """Recipe: what to quantize, then an ordered list of stages that make it better.
 
-`quant` alone is data-free. Every stage is a frozen dataclass with its own settings and a pure
-`run(state, key) -> state`; order, resuming, hashing and progress are defined once, here, over
-the list. A recipe hashes to a name, and so does every prefix of its stages, which is how an
+`quant` alone is data-free. Every stage is a frozen dataclass with its own settings and a
+`run(state, key, work) -> state`, a function of the first two: `work` keeps its parts on disk while
+they are made and takes its log. Order, resuming, hashing and progress are defined once, here,
+over the list. A recipe hashes to a name, and so does every prefix of its stages, which is how an
 interrupted run knows how far it came.
 """
 
@@ -15,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
 from qjax.core.quantize import quantize
 from qjax.core.safetensors_io import atomic_write
@@ -44,8 +46,14 @@ class State:
 class Stage(Protocol):
     """A frozen dataclass of settings that improves a quantized pipeline."""
 
-    def run(self, state: State, key: PRNGKeyArray) -> State:
-        """The state after this stage; a pure function of its arguments."""
+    def run(self, state: State, key: PRNGKeyArray, work: Work) -> State:
+        """The state after this stage, the same for equal states and keys.
+
+        Args:
+          state: What came before.
+          key: Of all its randomness.
+          work: Keeps the parts of a long stage, so that it can go on where it was killed.
+        """
         ...
 
 
@@ -67,7 +75,7 @@ class Recipe:
         object.__setattr__(self, "stages", tuple(self.stages))
         if wrong := [type(stage).__name__ for stage in self.stages if not _is_stage(stage)]:
             raise TypeError(
-                f"stages must be frozen dataclasses with run(state, key); got {', '.join(wrong)}."
+                f"stages must be frozen dataclasses with run(state, key, work); got {', '.join(wrong)}."
             )
 
     def digest(self, stages: int | None = None) -> str:
@@ -125,6 +133,7 @@ def run(
     resume: bool = True,
     seed: int = 0,
     on_stage: Callable[[int, int, str], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> Pipeline:
     """Quantize `pipe` and run the recipe's stages; the same seed gives the same bits.
 
@@ -135,6 +144,8 @@ def run(
       resume: Whether to go on after the last stage whose result lies in `out`.
       seed: Of all randomness; each stage has a key of its own, by its position.
       on_stage: Progress: called with the stages done, all stages, and the next one's name.
+      on_event: Progress within stages: called with every event of their logs, which with `out`
+        are also in the `log.jsonl` of the folder of a stage's parts.
 
     Returns:
       The quantized pipeline; with `out` it is also saved there, in `out/final`.
@@ -161,14 +172,25 @@ def run(
         stage = recipe.stages[i]
         if on_stage is not None:
             on_stage(i, total, type(stage).__name__)
-        state = stage.run(state, jax.random.fold_in(key, i))
+        parts = None if folder is None else folder / f"{_stage_folder(recipe, i)}-parts"
+        if parts is not None and not resume:
+            _remove_parts(parts)
+        state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event))
         if folder is not None:
             state.student.save(folder / _stage_folder(recipe, i))
+            _remove_parts(parts)
     if on_stage is not None:
         on_stage(total, total, "done")
     if folder is not None:
         state.student.save(folder / "final")
     return state.student
+
+
+def _remove_parts(folder: Path | None) -> None:
+    """What a finished stage needs no more: its parts, but not its log."""
+    if folder is not None:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
 
 
 def _stage_folder(recipe: Recipe, i: int) -> str:

@@ -47,6 +47,7 @@ from qjax.calibrate.collect import (
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.fitted import with_kernels
 from qjax.calibrate.ranges import Method, Range, to_fitted, to_rows
+from qjax.calibrate.recipe import State
 from qjax.calibrate.reconstruction import FitSettings, Fitted, Problem, fit, mean_error
 from qjax.calibrate.rollout import Buffer, Network, roll_out, shared_steps
 from qjax.calibrate.student import Student, Tables, merged, names, stratified_pairs
@@ -110,6 +111,20 @@ class SerialParallelSettings:
                 raise ValueError(
                     f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}."
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SerialParallel(SerialParallelSettings):
+    """The stage of a recipe: its settings are those of `SerialParallelSettings`."""
+
+    def run(self, state: State, key: PRNGKeyArray, work: Work) -> State:
+        """The state with the student's integers and ranges fitted.
+
+        Raises:
+          ValueError: If nothing is quantized, or the calibration set does not suit the model.
+        """
+        student = Calibration(state.teacher, state.student, self, key, work).run()
+        return dataclasses.replace(state, student=student)
 
 
 class Calibration:

@@ -13,6 +13,7 @@ References:
 import dataclasses
 
 from qjax.calibrate.recipe import State
+from qjax.calibrate.work import Work
 from qjax.core.typing import PRNGKeyArray
 from qjax.models.retargeting import Keep, precalculate_time
 
@@ -35,14 +36,14 @@ class TimePrecalculation:
     steps: int
     keep: Keep | None = "float16"
 
-    def run(self, state: State, key: PRNGKeyArray) -> State:
+    def run(self, state: State, key: PRNGKeyArray, work: Work) -> State:
         """The state with the student's time tabulated; nothing is random.
 
         Raises:
           ValueError: If the network has nothing that depends on t alone, or the student's step
             table is of other timesteps.
         """
-        del key
+        del key, work
         student = precalculate_time(
             state.student, state.teacher.params, steps=self.steps, keep=self.keep
         )

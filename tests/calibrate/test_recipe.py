@@ -11,6 +11,7 @@ import pytest
 
 from qjax.calibrate import recipe as recipes
 from qjax.calibrate.recipe import Recipe, State, quant_config, quantize_pipeline, run
+from qjax.calibrate.work import Work
 from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.qtensor import is_qtensor
 from qjax.core.serialize import params_digest
@@ -33,7 +34,7 @@ class Jitter:
     amount: float = 0.1
     log: tuple[str, ...] = ()
 
-    def run(self, state: State, key: jax.Array) -> State:
+    def run(self, state: State, key: jax.Array, work: Work) -> State:
         names = [path for path, _ in jax.tree.leaves_with_path(state.student.params)]
         keys = jax.random.split(key, len(names))
 
@@ -54,10 +55,10 @@ class Power:
 
     is_on = True
 
-    def run(self, state: State, key: jax.Array) -> State:
+    def run(self, state: State, key: jax.Array, work: Work) -> State:
         if not type(self).is_on:
             raise KeyboardInterrupt
-        return Jitter(amount=0.05).run(state, key)
+        return Jitter(amount=0.05).run(state, key, work)
 
 
 STAGES = Recipe(quant=QUANT, stages=(Jitter(), Power(), Jitter(amount=0.2)), name="jittered")
@@ -216,7 +217,7 @@ def test_settings_that_have_no_lasting_hash_are_refused():
 def test_stages_must_be_frozen_dataclasses_that_run():
     @dataclasses.dataclass
     class Thawed:
-        def run(self, state, key):
+        def run(self, state, key, work):
             return state
 
     @dataclasses.dataclass(frozen=True)
@@ -224,7 +225,7 @@ def test_stages_must_be_frozen_dataclasses_that_run():
         pass
 
     class Plain:
-        def run(self, state, key):
+        def run(self, state, key, work):
             return state
 
     for stage in (Thawed(), Idle(), Plain(), Jitter):

@@ -12,6 +12,7 @@ import pytest
 
 from qjax.calibrate.recipe import Recipe, State, quantize_pipeline, run
 from qjax.calibrate.time_table import TimePrecalculation
+from qjax.calibrate.work import Work
 from qjax.core import manifest, serialize
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.qtensor import is_qtensor
@@ -128,7 +129,7 @@ def test_a_stage_makes_the_table_of_the_teachers_floats_and_drops_the_students_l
     assert any(
         is_qtensor(leaf) for leaf in leaves(drop_time_layers(network(teacher), student.params)[1])
     )
-    state = TimePrecalculation(steps=STEPS).run(State(teacher, student), jax.random.key(0))
+    state = TimePrecalculation(steps=STEPS).run(State(teacher, student), jax.random.key(0), Work())
     made = state.student
     assert state.teacher is teacher
     assert_same(made.params, drop_time_layers(network(teacher), student.params)[0])
@@ -154,11 +155,11 @@ def test_the_table_stands_beside_activation_ranges_of_the_same_steps():
     table = StepTable().with_entry("quant", ranges, key=key)
     student = student.replace(step_table=table)
     stage = TimePrecalculation(steps=STEPS)
-    made = stage.run(State(teacher, student), jax.random.key(0)).student
+    made = stage.run(State(teacher, student), jax.random.key(0), Work()).student
     assert sorted(made.step_table.entries) == ["quant", "time"]
     np.testing.assert_allclose(draw(made), draw(student), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"steps=5.*'quant': timesteps"):
-        TimePrecalculation(steps=5).run(State(teacher, student), jax.random.key(0))
+        TimePrecalculation(steps=5).run(State(teacher, student), jax.random.key(0), Work())
 
 
 def test_a_recipe_with_the_stage_runs_saves_and_resumes(tmp_path):
