@@ -5,7 +5,7 @@ Adding one: its file, its key table, and a case in `build_component`.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -40,7 +40,7 @@ class Component:
     class_name: str
     config: Mapping[str, Any]
     model: nn.Module
-    params: Params
+    params: Params = field(repr=False)
 
 
 class Kind(NamedTuple):

@@ -13,18 +13,21 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from qjax.core import serialize
 from qjax.core.config import QuantConfig
 from qjax.core.manifest import MANIFEST
 from qjax.core.quantize import plan, quantize_leaf
 from qjax.models.checkpoints import Checkpoint, load_checkpoint
+from qjax.models.conditioners import TextConditioner
 from qjax.models.convert import convert
 from qjax.models.denoisers import Denoiser, abstract_params, build_denoiser
 from qjax.models.loading_sides import load_sides, named_components
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import sampler_from_diffusers
 from qjax.models.saving import load_saved, method_name
+from qjax.models.unet2d_condition import UNet2DConditionModel
 from qjax.models.unet2d_keys import rename_old_attention_keys
 
 INDEX = "model_index.json"
@@ -91,6 +94,12 @@ def load_pipeline(
     source = Source(
         model=class_name, config=checkpoint.config, name=name or folder.name, sha256=sha256
     )
+    if reasons := _why_not_drawn(denoiser.model, fields):
+        warnings.warn(
+            f"{folder.name} can be quantized and saved, but pictures cannot be drawn with it: "
+            f"{'; '.join(reasons)}.",
+            stacklevel=3,
+        )
     return Pipeline.from_apply(
         denoiser.model.apply,
         params,
@@ -142,6 +151,25 @@ def _params(
         tensors = rename_old_attention_keys(checkpoint)
     params = convert(tensors, denoiser.targets, dtype=dtype, finish=finish, on_tensor=on_tensor)
     return params, serialize.digest_of(digests) if digests else None
+
+
+def _why_not_drawn(model: nn.Module, fields: Mapping[str, Any]) -> list[str]:
+    """What a UNet must be told and a pipeline here does not tell it; empty where nothing."""
+    if not isinstance(model, UNet2DConditionModel):
+        return []
+    config, conditioner = model.config, fields.get("conditioner")
+    towers = len(conditioner.towers) if isinstance(conditioner, TextConditioner) else 0
+    reasons = []
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        reasons.append(
+            f"its UNet takes {config.in_channels} channels and answers {config.out_channels}, as "
+            "those for inpainting do"
+        )
+    if config.addition_embed_type == "text_time" and towers == 1:
+        reasons.append("its UNet needs two text towers, and the folder has one")
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        reasons.append("its UNet is told classes beside the text")
+    return reasons
 
 
 def _zoo_fields(path: Path) -> dict[str, Any]:

@@ -217,7 +217,8 @@ def rescale(
     for path in [path for path in flat if path[-1] == LOW_RANK[-1]]:
         layer = "/".join(path[:-1])
         weights = [[s] * rank.get(layer, 0) for rank, s in zip(ranks, scales, strict=True)]
-        leaf = jnp.asarray([w for one in weights for w in one], jnp.float32)
+        # In the dtype that is there, which quantize may have changed: another would retrace.
+        leaf = jnp.asarray([w for one in weights for w in one], flat[path].dtype)
         if leaf.shape != flat[path].shape:
             raise ValueError(
                 f"the ranks of the LoRAs must be those of the side branches; got {len(leaf)} in "
@@ -231,12 +232,14 @@ def one_each(scale: float | Sequence[float], count: int) -> list[float]:
     """The weight of each of `count` LoRAs, of one for each or one for all of them.
 
     Raises:
-      ValueError: If there are more or fewer.
+      ValueError: If there are more or fewer, or one is not finite.
     """
     values = np.asarray(scale, np.float64)
     scales: list[float] = values.tolist() if values.ndim else [values.item()] * count
     if len(scales) != count:
         raise ValueError(f"scale needs one number for each LoRA; got {len(scales)} for {count}.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"scale must be a finite number; got {scale}. 0 switches a LoRA off.")
     return scales
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,9 @@ class Pipeline:
       (2, 8, 8, 1)
     """
 
-    apply: Apply
+    apply: Apply = dataclasses.field(repr=False)
     """`apply(variables, x_t, t, labels)`. Programs are kept per function object: reuse it."""
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     """The parameters, float or quantized; an argument of the program, never a constant."""
     sampler: Sampler
     """The sampler."""
@@ -98,16 +99,18 @@ class Pipeline:
     """How many classes there are, null_label not counted; None if unknown or without."""
     guidance_channels: int | None = None
     """How many channels are guided; None for all."""
-    conditioner: ClassConditioner | PromptConditioner | None = None
+    conditioner: ClassConditioner | PromptConditioner | None = dataclasses.field(
+        default=None, repr=False
+    )
     """Makes what the network is told of labels or prompts; None: it is told the labels."""
-    decoder: LatentDecoder | None = None
+    decoder: LatentDecoder | None = dataclasses.field(default=None, repr=False)
     """Makes images of samples; None: the samples are images."""
     buckets: tuple[tuple[int, int], ...] | None = None
     """Heights and widths in pixels that are drawn; other sizes are cut out of the smallest that
     holds them, so that few programs serve many sizes. None draws every size as it is asked."""
-    step_table: StepTable | None = None
+    step_table: StepTable | None = dataclasses.field(default=None, repr=False)
     """What changes from step to step in a quantized model."""
-    time_layers: Params | None = None
+    time_layers: Params | None = dataclasses.field(default=None, repr=False)
     """Float layers that are not in `params` but stand in the step table as their outputs; what
     `retarget` makes other rows of. None: they are in `params`, or were not kept."""
     method: str | None = None
@@ -296,6 +299,13 @@ class Pipeline:
                 "negative_prompts need an unconditional half, and this network is told the scale "
                 "of the guidance instead (LCM). Leave them out."
             )
+        weak = width is None and guided and self.reads_prompts
+        if weak and guidance_scale is not None and guidance_scale < 1:
+            warnings.warn(
+                f"guidance_scale={guidance_scale} draws less of the prompts, 0 nothing at all; "
+                "diffusers reads scales below 1 as no guidance, which is None here.",
+                stacklevel=3,
+            )
         told, null = self._halves(
             count, labels, prompts, negative_prompts, guided and width is None, size or self.size
         )
@@ -427,7 +437,8 @@ class Pipeline:
           negative_prompts: What the pictures shall not show, likewise; needs guidance.
           steps: Steps of the sampler.
           guidance_scale: Weight of classifier-free guidance; None or 1.0 for none, which
-            also spares the unconditional half of the work.
+            also spares the unconditional half of the work. Below 1 the pictures follow labels
+            and prompts less, at 0 not at all; diffusers reads 0 as none.
           guidance_rescale: 0 to 1: how far guidance that is too strong is taken back
             (`sampling`); 0.7 with zero terminal SNR, as its authors have it.
           height: Of the images in pixels; None for the model's own.
@@ -518,7 +529,16 @@ class Pipeline:
         return images, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *trajectories)
 
     def _scale(self, guidance_scale: float | None) -> Array | None:
-        """The scale of guidance by two halves; None without, or if the network is told it."""
+        """The scale of guidance by two halves; None without, or if the network is told it.
+
+        Raises:
+          ValueError: If it is no finite number.
+        """
+        if guidance_scale is not None and not np.isfinite(guidance_scale):
+            raise ValueError(
+                f"guidance_scale must be a finite number; got {guidance_scale}. None or 1.0 is no "
+                "guidance."
+            )
         return None if self.guidance_width is not None else _traced(guidance_scale)
 
     def _output(
@@ -535,7 +555,8 @@ class Pipeline:
         self, height: int | None, width: int | None
     ) -> tuple[tuple[int, int, int], tuple[int, int]]:
         """Shape of a sample that holds an image of that size, and the size."""
-        wanted = (height or self.size[0], width or self.size[1])
+        own = self.size
+        wanted = (own[0] if height is None else height, own[1] if width is None else width)
         factor = 1 if self.decoder is None else self.decoder.factor
         check_sizes(wanted, factor, self.buckets)
         drawn = wanted

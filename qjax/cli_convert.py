@@ -50,7 +50,11 @@ COMMANDS = (
         help="turn a checkpoint into a folder in the layout of diffusers, and check it",
         run=convert,
         arguments=(
-            ("CHECKPOINT", "a diffusers folder, a hub id, or a safetensors file of DiT's authors"),
+            (
+                "CHECKPOINT",
+                "a diffusers folder, a hub id, or a file of DiT's or latent diffusion's authors "
+                + "(safetensors, or a .ckpt or .pt that holds nothing but tensors)",
+            ),
         ),
         options=(
             OUT_FOLDER,

@@ -13,7 +13,11 @@ import qjax
 from qjax import api, recipes, report_judge, zoo
 from qjax.core.config import QuantConfig, WeightSpec
 from qjax.core.qtensor import is_qtensor
+from qjax.models.conditioners import TextConditioner
+from qjax.models.loading import _why_not_drawn
 from qjax.models.samplers import DDIM, DDPM
+from qjax.models.unet2d_condition import UNet2DConditionModel
+from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.report_layers import how_quantized, layer_results
 from qjax.timing import Phases, interleaved
 
@@ -53,6 +57,23 @@ def test_a_folder_is_loaded_as_what_it_is(pipe, tmp_path):
 
 def test_loading_again_reuses_the_compiled_program(pipe):
     assert qjax.load(MODEL).apply == pipe.apply
+
+
+def test_shown_a_pipeline_says_what_it_is_and_not_its_weights(qpipe):
+    shown = repr(qpipe)
+    assert "DDIM" in shown and "DiTTransformer2DModel" in shown
+    assert "Array" not in shown and len(shown) < 5000
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_guidance_that_is_no_number_is_refused(pipe, scale):
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+        pipe(labels=[1], steps=1, guidance_scale=scale, key=jax.random.key(0))
+
+
+def test_a_height_of_0_is_not_taken_for_the_models_own(pipe):
+    with pytest.raises(ValueError, match="height and width must be multiples"):
+        pipe(labels=[1], steps=1, height=0, key=jax.random.key(0))
 
 
 def test_a_name_that_is_nothing_names_what_there_is():
@@ -298,3 +319,20 @@ def test_phases_add_up_by_name():
         pass
     assert list(phases.seconds) == ["draw", "time", "pages"]
     assert sum(phases.seconds.values()) <= phases.total
+
+
+@pytest.mark.parametrize(
+    ("changes", "towers", "reason"),
+    [
+        ({"in_channels": 9}, 1, "takes 9 channels and answers 4"),
+        ({"num_class_embeds": 3}, 1, "told classes beside the text"),
+        ({}, 1, None),
+    ],
+)
+def test_what_cannot_be_drawn_with_is_said_on_loading(changes, towers, reason):
+    model = UNet2DConditionModel(dataclasses.replace(UNet2DConditionConfig.sd_v1_4(), **changes))
+    fields = {"conditioner": TextConditioner(towers=(None,) * towers)}
+    found = _why_not_drawn(model, fields)
+    assert found == [] if reason is None else reason in found[0]
+    xl = UNet2DConditionModel(UNet2DConditionConfig.sdxl())
+    assert "needs two text towers" in _why_not_drawn(xl, fields)[0]

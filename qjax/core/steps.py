@@ -148,11 +148,13 @@ class StepTable:
         bad = {name: found for name, found in problems.items() if found}
         if bad:
             said = "; ".join(f"{name!r}: {', '.join(found)}" for name, found in bad.items())
-            names = ", ".join(map(repr, bad))
+            # Without a time table a network lacks the layers that it stands for.
+            names = ", ".join(repr(name) for name in bad if name != "time")
+            drop = f", or leave it out with drop({names})" if names else ""
             raise ValueError(
                 f"a step table serves the settings it was fitted for; got {said}. "
                 "Make it suit the run with pipe.retarget(steps=...), calibrate again at the run's "
-                f"settings, or leave it out with drop({names})."
+                f"settings{drop}."
             )
 
     def with_entry(self, name: str, value: Any, *, key: TableKey) -> StepTable:

@@ -161,6 +161,23 @@ def test_another_scale_runs_the_same_program_on_quantized_weights(params, tmp_pa
         assert relative(off, fused) > 0.2
 
 
+def test_another_scale_keeps_the_dtypes_of_what_was_quantized_with_its_branches(params, tmp_path):
+    """The recipes store in float16 what they leave in float; float32 would be another program."""
+    lora = load_lora(lora_file(tmp_path / "a.safetensors", peft), TABLES)["unet"]
+    ranks = {"/".join(path): factors.rank for path, factors in lora.layers.items()}
+    quantized = qjax.quantize(attach(params, lora), qjax.recipes.w8a8())
+    changed = rescale(quantized, [ranks], [0.5])
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(changed) == shapes(quantized)
+    assert jnp.dtype("float16") in {leaf.dtype for leaf in jax.tree.leaves(changed)}
+
+
+def test_a_scale_that_is_no_number_is_refused(params, tmp_path):
+    lora = load_lora(lora_file(tmp_path / "a.safetensors", peft), TABLES)["unet"]
+    with pytest.raises(ValueError, match="scale must be a finite number; got nan"):
+        attach(params, lora, scale=float("nan"))
+
+
 def test_several_add_up_each_with_its_scale(params, tmp_path):
     first = load_lora(lora_file(tmp_path / "a.safetensors", peft), TABLES)["unet"]
     wide = lora_file(tmp_path / "b.safetensors", peft, rank=2, layers=(DENSE, CONV))

@@ -244,6 +244,12 @@ def test_another_scale_retraces_neither_unet_nor_towers(pipe, with_lora):
     assert relative(off, plain) <= 1e-5
 
 
+def test_guidance_below_1_is_not_mistaken_for_none(pipe):
+    """In diffusers 0 is no guidance, as the cards of distilled models have it."""
+    with pytest.warns(UserWarning, match="guidance_scale=0.0 draws less of the prompts"):
+        pipe.condition(1, prompts="a", guided=True, guidance_scale=0.0)
+
+
 def test_several_have_their_own_scales(pipe, tables, with_lora, tmp_path):
     path = lora_file(tables, tmp_path / "b.safetensors", rank=3, parts=("unet", TOWERS[1]))
     both = with_lora.with_lora(path, scale=-1)
