@@ -23,11 +23,13 @@ NEWEST = ("jax", "jaxlib", "flax")
 
 # Chosen per session, and what only the oracles of the full suite need.
 LEFT_OUT = {"jax", "flax", "torch", "diffusers", "transformers"}
-# What a release of JAX or Flax can break: numbers, kernels, layers, the scan, the house. The
-# report, the command line and the zoo stand on these, and run in the full suite.
+# What a release of JAX or Flax can break: numbers, kernels, layers, the scan, the house; and what
+# must work without torch, which these sessions really lack. The report, the command line and
+# the zoo stand on these, and run in the full suite.
 FAST = (
     *("-m", "not slow and not torch_oracle"),
-    *("tests/core", "tests/kernels", "tests/models", "tests/test_house.py"),
+    *("tests/core", "tests/kernels", "tests/models"),
+    *("tests/test_house.py", "tests/test_without_torch.py"),
 )
 
 

@@ -1,34 +1,73 @@
 """The named recipes: what they quantize, what they leave, and the bytes that makes."""
 
 import dataclasses
+import functools
 import inspect
 
 import pytest
 
 from qjax import recipes
 from qjax.core.quantize import plan
-from qjax.models.denoisers import abstract_params, build_denoiser
+from qjax.models.autoencoder_config import AutoencoderKLConfig, VQModelConfig
+from qjax.models.components import build_component
+from qjax.models.denoisers import DENOISERS, abstract_params, build_denoiser
 from qjax.models.dit import DiTConfig
-from qjax.zoo.models import FASHION_DIT, FASHION_UNET
+from qjax.models.original_checkpoints import ldm4
+from qjax.models.unet2d_condition_config import UNet2DConditionConfig
+from qjax.zoo.models import FASHION_DIT, FASHION_LDM, FASHION_UNET, FASHION_VAE
 
-# One block of DiT-XL/2 plans like 28.
 CONFIGS = {
-    "dit": dataclasses.replace(DiTConfig.dit_xl_2(), num_layers=1).to_diffusers(),
-    "fashion-dit": FASHION_DIT.to_diffusers(),
-    "fashion-unet": FASHION_UNET.to_diffusers(),
+    "dit": DiTConfig.dit_xl_2(),
+    "sd1": UNet2DConditionConfig.sd_v1_4(),
+    "sd2": UNet2DConditionConfig.sd_v2_1(),
+    "sdxl": UNet2DConditionConfig.sdxl(),
+    "lcm": dataclasses.replace(FASHION_LDM, time_cond_proj_dim=256),
+    "class-vectors": dataclasses.replace(
+        FASHION_LDM, class_embed_type="projection", projection_class_embeddings_input_dim=512
+    ),
+    "ldm4-imagenet": UNet2DConditionConfig.ldm4_imagenet(),
+    "ldm4": ldm4(),
+    "autoencoder": AutoencoderKLConfig.sdxl(),
+    "vq": VQModelConfig.vq_f4(),
+    "fashion-dit": FASHION_DIT,
+    "fashion-unet": FASHION_UNET,
+    "fashion-ldm": FASHION_LDM,
+    "fashion-vae": FASHION_VAE,
+}
+ZOO = tuple(name for name in CONFIGS if name.startswith("fashion-"))
+PUBLISHED = ("dit", "sd1", "sd2", "sdxl", "ldm4-imagenet", "ldm4")
+
+# Layers that stay in float, by model.
+PIXELS = {"conv_in", "conv_out"}
+TIME = {"time_embedding/linear_1", "time_embedding/linear_2"}
+DIT = {"patch_embed", "final_linear", "conditioning/time_in", "conditioning/time_out"}
+HALVES = {f"{half}/{layer}" for half in ("encoder", "decoder") for layer in PIXELS}
+LEFT = dict.fromkeys(CONFIGS, PIXELS | TIME) | {
+    "dit": DIT,
+    "fashion-dit": DIT,
+    "sdxl": PIXELS | TIME | {"add_embedding/linear_1", "add_embedding/linear_2"},
+    "lcm": PIXELS | TIME | {"time_embedding/cond_proj"},
+    "class-vectors": PIXELS | TIME | {"class_embedding/linear_1", "class_embedding/linear_2"},
+    "autoencoder": HALVES,
+    "vq": HALVES,
+    "fashion-vae": HALVES,
 }
 
 
-@pytest.fixture(scope="module")
-def shapes():
-    return {
-        name: abstract_params(build_denoiser(config["_class_name"], config))
-        for name, config in CONFIGS.items()
-    }
+@functools.cache
+def shapes(model):
+    config = CONFIGS[model].to_diffusers()
+    build = build_denoiser if config["_class_name"] in DENOISERS else build_component
+    return abstract_params(build(config["_class_name"], config))
 
 
-def entries(shapes, name, recipe):
-    return plan(shapes[name], recipes.by_name(recipe).quant).entries
+@functools.cache
+def planned(model, recipe):
+    return plan(shapes(model), recipes.by_name(recipe).quant)
+
+
+def entries(model, recipe):
+    return planned(model, recipe).entries
 
 
 def test_a_name_gives_the_recipe_of_that_name():
@@ -48,9 +87,9 @@ def test_every_recipe_names_its_paper(name):
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_a_recipe_is_as_its_name_says(shapes, name):
+def test_a_recipe_is_as_its_name_says(name):
     weight, act = (int(bits) for bits in name.removeprefix("w").split("a"))
-    for entry in entries(shapes, "dit", name):
+    for entry in entries("dit", name):
         if entry.weight is not None:
             assert entry.weight.bits == weight
             assert (16 if entry.act is None else entry.act.bits) == act
@@ -58,33 +97,41 @@ def test_a_recipe_is_as_its_name_says(shapes, name):
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 @pytest.mark.parametrize("model", CONFIGS)
-def test_only_edges_and_embedders_stay_in_float(shapes, model, name):
+def test_only_edges_and_embedders_stay_in_float(model, name):
     left = {
         entry.path: entry.reason
-        for entry in entries(shapes, model, name)
+        for entry in entries(model, name)
         if entry.kind != "other" and entry.weight is None
     }
-    if model == "fashion-unet":
-        layers = {"conv_in", "conv_out", "time_embedding/linear_1", "time_embedding/linear_2"}
-    else:
-        embedders = {"conditioning/time_in", "conditioning/time_out"}
-        layers = {"patch_embed", "final_linear"} | embedders
-    assert set(left) == {f"{layer}/kernel" for layer in layers}
+    assert set(left) == {f"{layer}/kernel" for layer in LEFT[model]}
     assert all("few weights" in reason for reason in left.values())
 
 
-def test_dit_xl_takes_groups_of_128_throughout(shapes):
-    groups = {e.group_size for e in entries(shapes, "dit", "w4a8") if e.weight is not None}
+@pytest.mark.parametrize("model", CONFIGS)
+def test_what_is_no_layer_is_a_vector_or_a_table(model):
+    """So nothing that multiplies is left out because of its name."""
+    other = [e for e in entries(model, "w4a16") if e.kind == "other" and len(e.shape) > 1]
+    assert {entry.path.rsplit("/", 1)[-1] for entry in other} <= {"embedding"}
+    assert {entry.reason for entry in other} <= {"not a layer's kernel"}
+
+
+def test_dit_xl_takes_groups_of_128_throughout():
+    groups = {e.group_size for e in entries("dit", "w4a8") if e.weight is not None}
     assert groups == {128}
 
 
-def test_the_adaln_weights_of_dit_are_quantized_the_last_one_included(shapes):
-    quantized = {e.path for e in entries(shapes, "dit", "w4a8") if e.weight is not None}
+def test_the_adaln_weights_of_dit_are_quantized_the_last_one_included():
+    quantized = {e.path for e in entries("dit", "w4a8") if e.weight is not None}
     assert {"blocks_0/modulation/kernel", "final_modulation/kernel"} <= quantized
 
 
-@pytest.mark.parametrize("model", ["fashion-dit", "fashion-unet"])
+@pytest.mark.parametrize("model", ZOO)
 @pytest.mark.parametrize(("name", "most"), [("w8a8", 0.56), ("w4a8", 0.33), ("w4a16", 0.33)])
-def test_the_zoo_shrinks_as_promised(shapes, model, name, most):
-    planned = plan(shapes[model], recipes.by_name(name).quant)
-    assert planned.bytes_after <= most * planned.bytes_before
+def test_the_zoo_shrinks_as_promised(model, name, most):
+    assert planned(model, name).bytes_after <= most * planned(model, name).bytes_before
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize(("name", "most"), [("w8a8", 0.51), ("w4a16", 0.29)])
+def test_the_published_models_shrink_as_promised(model, name, most):
+    assert planned(model, name).bytes_after <= most * planned(model, name).bytes_before

@@ -16,6 +16,8 @@ from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.qtensor import QTensor, from_codes
 from qjax.core.quantize import dequantize, plan, quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 W4 = WeightSpec(bits=4, granularity="per_group", group_size=(8, 4))
 W8 = WeightSpec(bits=8)
 A8 = ActSpec(bits=8)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,8 @@ from qjax.models.loading import load_pipeline
 from qjax.models.original_checkpoints import Published, read
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_config import UNet2DConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VAE = {
     "in_channels": 3,
@@ -31,7 +34,7 @@ CONDITIONAL = Published(
         in_channels=3,
         out_channels=3,
         block_out_channels=(8, 16),
-        layers_per_block=2,
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=6,
@@ -46,7 +49,7 @@ PLAIN = Published(
         in_channels=3,
         out_channels=3,
         block_out_channels=(8, 16),
-        layers_per_block=2,
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
@@ -148,7 +151,8 @@ def test_what_is_of_no_published_model_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("suffix", (".ckpt", ".safetensors"))
 def test_conversion_gives_a_folder_that_loads(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(original_checkpoints, "published", lambda: MODELS)
+    models = {"conditional": CONDITIONAL}
+    monkeypatch.setattr(original_checkpoints, "published", lambda: models)
     original, _ = authors_file(CONDITIONAL, classes=3)
     source = tmp_path / f"model{suffix}"
     if suffix == ".ckpt":
@@ -160,9 +164,15 @@ def test_conversion_gives_a_folder_that_loads(suffix, tmp_path, monkeypatch):
     account = convert_checkpoint(source, tmp_path / "out")
     assert "conditional" in account.layout and account.left_out == ("model_ema.decay",)
     pipe = load_pipeline(tmp_path / "out")
-    wanted, _, _ = read(original, name="mine", models=MODELS)
-    settings = {"labels": [1], "steps": 2, "latents": np.ones((1, 8, 8, 3), np.float32)}
-    np.testing.assert_array_equal(pipe(**settings), wanted(**settings))
+    wanted, _, _ = read(original, name="mine", models=models)
+    for part in (
+        lambda pipe: pipe.params,
+        lambda pipe: pipe.decoder.component.params,
+        lambda pipe: pipe.conditioner.component.params,
+    ):
+        jax.tree.map(np.testing.assert_array_equal, part(pipe), part(wanted))
+    for field in ("apply", "sampler", "shape", "null_label", "num_labels"):
+        assert getattr(pipe, field) == getattr(wanted, field), field
 
 
 class Payload:

@@ -10,6 +10,8 @@ from qjax.models.samplers import DDIM, DDPM
 from qjax.models.sampling import draw_noise, image_keys, to_images
 from qjax.models.schedules import Schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (4, 4, 2)
 SAMPLER = DDIM(schedule=Schedule.linear(100, 1e-3, 0.1), clip_sample=False)
 PARAMS = {"gain": jnp.asarray(0.7), "classes": jnp.array([0.0, 0.1, 0.2, -0.3])}

@@ -60,25 +60,28 @@ def positive(x_t, tanh):
 
 
 def run(sampler, steps, x_T, noises, *, eta=0.0, variance=None, predict=None, corrections=None):
-    """Every sample of a trajectory `[s, ...]`, from one jitted scan."""
+    """Every sample of a trajectory `[s, ...]`, step after step, with nothing compiled anew.
+
+    That a scan over the same rows is this loop, test_pipeline.py shows.
+    """
 
     def predict_fake(x_t, t):
-        prediction = network(x_t, t.astype(jnp.float32), jnp.tanh)
+        prediction = network(x_t, np.float32(t), jnp.tanh)
         if variance is None:
             return prediction
         return jnp.concatenate([prediction, variance(x_t, jnp.tanh)], axis=-1)
 
-    def body(carry, inputs):
-        x_t, state = carry
-        row, noise, correction = inputs
+    rows = sampler.rows(steps, eta=eta)
+    x_t, state, samples = x_T, sampler.init(x_T), []
+    for i in range(steps):
+        row = {name: value[i] for name, value in rows.items()}
         prediction = (predict or predict_fake)(x_t, row["t"])
-        if correction:
+        if corrections:
+            correction = {name: value[i] for name, value in corrections.items()}
             row, prediction = correct_prediction(correction, row, prediction)
-        x_t, state = sampler.step(row, state, x_t, prediction, noise)
-        return (x_t, state), x_t
-
-    inputs = (sampler.rows(steps, eta=eta), noises, corrections or {})
-    return jax.jit(lambda x, xs: jax.lax.scan(body, (x, sampler.init(x)), xs)[1])(x_T, inputs)
+        x_t, state = sampler.step(row, state, x_t, prediction, noises[i])
+        samples.append(x_t)
+    return jnp.stack(samples)
 
 
 def run_diffusers(scheduler, steps, x_T, noises, monkeypatch, *, eta=None, variance=None):

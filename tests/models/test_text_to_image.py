@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.torch_oracle,
+    pytest.mark.usefixtures("quick_compilation"),
     # diffusers and torch speak of their own future.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -31,7 +32,7 @@ TOWER = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_attention_heads": 2,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "vocab_size": 600,
     "max_position_embeddings": 77,
 }
@@ -39,13 +40,24 @@ UNET = {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (16, 32),
+    "block_out_channels": (16,),
     "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
     "norm_num_groups": 8,
     "attention_head_dim": 2,
     "cross_attention_dim": 16,
+}
+UNET_XL = UNET | {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 12,
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
 }
 VAE = {
     "block_out_channels": (8, 16),
@@ -64,6 +76,9 @@ SCHEDULERS = {
     "dpm-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
 FAMILIES = ("sd1", "sd2", "sdxl")
+
+# What is the same for all families is shown on the one with two towers and with sizes.
+only_sdxl = pytest.mark.parametrize("made", ["sdxl"], indirect=True)
 
 
 def tokenizer(folder, pad):
@@ -112,16 +127,8 @@ def made(request, tmp_path_factory):
     vae = randomised(diffusers.AutoencoderKL(**VAE), 1)
     parts = {"vae": vae, "scheduler": scheduler("ddim", family)}
     parts["tokenizer"] = tokenizer(root / "words", "!" if family == "sd2" else END)
-    settings = dict(UNET)
     if family == "sdxl":
-        settings |= {
-            "cross_attention_dim": 32,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 4,
-            "projection_class_embeddings_input_dim": 6 * 4 + 12,
-            "use_linear_projection": True,
-            "transformer_layers_per_block": (2, 1),
-        }
+        settings = UNET_XL
         parts |= {
             "text_encoder": tower(2),
             "text_encoder_2": tower(3, projection=True, projection_dim=12, hidden_act="gelu"),
@@ -131,7 +138,7 @@ def made(request, tmp_path_factory):
     else:
         parts |= {"text_encoder": tower(2), "safety_checker": None, "feature_extractor": None}
         parts["requires_safety_checker"] = False
-        settings |= {"use_linear_projection": family == "sd2"}
+        settings = UNET | {"use_linear_projection": family == "sd2"}
         make = diffusers.StableDiffusionPipeline
     parts["unet"] = randomised(diffusers.UNet2DConditionModel(**settings), 4)
     theirs = make(**parts)
@@ -189,6 +196,7 @@ def test_pictures_are_those_of_diffusers_without_negative_prompts(made, pipe):
     assert found.shape == (2, 16, 16, 3) and close(found, expected, 1e-3)
 
 
+@pytest.mark.parametrize("made", ["sd2", "sdxl"], indirect=True)
 def test_rescaled_guidance_is_that_of_diffusers(made, pipe):
     family, theirs, _ = made
     theirs.scheduler = scheduler("ddim", family)
@@ -199,13 +207,15 @@ def test_rescaled_guidance_is_that_of_diffusers(made, pipe):
     assert not close(pipe(**common, guidance_scale=15.0), expected, 1e-2)
 
 
+@only_sdxl
 def test_an_image_does_not_depend_on_its_neighbours(pipe, key):
-    settings = {"steps": 3, "guidance_scale": GUIDANCE, "key": key, "output": "latent"}
+    settings = {"steps": STEPS, "guidance_scale": GUIDANCE, "key": key, "output": "latent"}
     both = pipe(prompts=PROMPTS, **settings)
     second = pipe(prompts=PROMPTS[1], start_index=1, **settings)
     np.testing.assert_allclose(both[1], second[0], rtol=1e-4, atol=1e-4)
 
 
+@only_sdxl
 def test_sizes_of_a_bucket_share_a_program(pipe, key):
     shapes = []
 
@@ -226,6 +236,7 @@ def test_sizes_of_a_bucket_share_a_program(pipe, key):
         pipe(height=15, **settings)
 
 
+@only_sdxl
 def test_prompts_and_labels_are_not_mixed_up(pipe, key):
     for wrong, message in (
         ({"labels": 3}, "reads prompts"),
@@ -238,6 +249,7 @@ def test_prompts_and_labels_are_not_mixed_up(pipe, key):
             pipe(**wrong, steps=2, key=key)
 
 
+@only_sdxl
 def test_prediction_of_one_step_is_the_guided_one(pipe):
     found = pipe.predict(
         jnp.asarray(LATENTS), 500, prompts=PROMPTS, negative_prompts=NEGATIVE, guidance_scale=3.0
@@ -251,12 +263,13 @@ def test_prediction_of_one_step_is_the_guided_one(pipe):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@only_sdxl
 def test_a_saved_pipeline_draws_the_same_pictures(made, pipe, tmp_path):
     quantized = pipe.replace(params=quantize(pipe.params, w8a8().quant))
     for one in (pipe, quantized):
         one.save(tmp_path / "saved")
         back = load_pipeline(tmp_path / "saved")
-        settings = {"prompts": PROMPTS, "steps": 2, "guidance_scale": 3.0, "latents": LATENTS}
+        settings = {"prompts": PROMPTS, "steps": STEPS, "guidance_scale": 3.0, "latents": LATENTS}
         np.testing.assert_array_equal(back(**settings), one(**settings))
     words = next((tmp_path / "saved" / "tokenizer").iterdir())
     words.write_text(words.read_text() + " ")
