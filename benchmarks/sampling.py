@@ -24,7 +24,7 @@ def main() -> None:
     for name in qjax.zoo_names():
         pipe = qjax.load(name)
         pipes = {"float": pipe}
-        pipes |= {key: qjax.quantize(pipe, recipes.by_name(key)) for key in recipes.RECIPES}
+        pipes |= {key: qjax.quantize(pipe, recipes.by_name(key)) for key in recipes.DATA_FREE}
         settings = {
             "labels": [i % 10 for i in range(args.images)],
             "steps": args.steps,

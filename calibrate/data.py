@@ -42,6 +42,20 @@ class CalibrationSet:
         if self.items < 1:
             raise ValueError(f"items must be at least 1; got {self.items}.")
 
+    def check(self, pipe: Pipeline) -> None:
+        """That the set suits the model.
+
+        Raises:
+          ValueError: If it has no prompts for a model that reads them, or the other way round.
+        """
+        if pipe.reads_prompts and not self.prompts:
+            raise ValueError(
+                "this model reads prompts, and the calibration set has none. Give prompts, or a "
+                "file of them, one a line."
+            )
+        if self.prompts and not pipe.reads_prompts:
+            raise ValueError("this model reads labels, not prompts; give labels, or neither.")
+
     def draw(self, pipe: Pipeline, key: PRNGKeyArray, *, guided: bool) -> Items:
         """The items for a pipeline.
 
@@ -59,17 +73,11 @@ class CalibrationSet:
         return Items(draw_noise(keys, pipe.shape), told, null, keys)
 
     def _words(self, pipe: Pipeline) -> dict:
+        self.check(pipe)
         if pipe.reads_prompts:
-            if not self.prompts:
-                raise ValueError(
-                    "this model reads prompts, and the calibration set has none. Give prompts, or "
-                    "a file of them, one a line."
-                )
             warn_of_long_prompts(pipe, self.prompts)
             texts = [self.prompts[i % len(self.prompts)] for i in range(self.items)]
             return {"prompts": texts, "negative_prompts": self.negative_prompts}
-        if self.prompts:
-            raise ValueError("this model reads labels, not prompts; give labels, or neither.")
         if pipe.num_labels is None:
             return {}
         labels = self.labels or tuple(range(pipe.num_labels))

@@ -40,6 +40,8 @@ Profile = Literal["adaround", "lora", "latent", "nearest"]
 
 KERNEL = "kernel"
 
+_SURE = 10.0  # a `v` whose rounding is 0 or 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFormat:
@@ -137,20 +139,37 @@ def soft_kernel(
     )
 
 
+def hard_codes(
+    fmt: LayerFormat, fixed: Mapping[str, Array], fitted: Mapping[str, Array]
+) -> Int[Array, "..."]:
+    """The integers that the fitted arrays end in, int8, in the kernel's shape."""
+    scale, zero_point = _spread(fixed)
+    qmin, qmax = fmt.ends
+    if "v" in fitted:
+        return rounding.hard_codes(fixed["w"], fitted["v"], scale, zero_point, qmin=qmin, qmax=qmax)
+    w = _before_rounding(fixed, fitted)
+    return round_to_codes(w, scale, zero_point, qmin=qmin, qmax=qmax)
+
+
 def hard_kernel(
     fmt: LayerFormat, fixed: Mapping[str, Array], fitted: Mapping[str, Array], like: QTensor
 ) -> QTensor:
     """The QTensor that the fitted arrays end in, stored as `like` is."""
-    scale, zero_point = _spread(fixed)
-    qmin, qmax = fmt.ends
-    if "v" in fitted:
-        codes: Int[Array, ...] = rounding.hard_codes(
-            fixed["w"], fitted["v"], scale, zero_point, qmin=qmin, qmax=qmax
-        )
-    else:
-        w = _before_rounding(fixed, fitted)
-        codes = round_to_codes(w, scale, zero_point, qmin=qmin, qmax=qmax)
+    codes = hard_codes(fmt, fixed, fitted)
     return from_codes(codes, like.scale, like.zero_point, like=like, layout=like.layout)
+
+
+def nearest_weights(fixed: Mapping[str, Array], begin: Mapping[str, Array]) -> dict[str, Array]:
+    """Fitted arrays of a layer that stand for rounding to nearest, of the structure of `begin`."""
+    if "v" in begin:
+        v = rounding.rounding_start(fixed["w"], _spread(fixed)[0])
+        return {"v": jnp.where(v >= 0, _SURE, -_SURE)}
+    return {"w": fixed["w"]} if "w" in begin else jax.tree.map(jnp.zeros_like, dict(begin))
+
+
+def hardened_weights(fitted: Mapping[str, Array]) -> dict[str, Array]:
+    """Fitted arrays of a layer with every rounding up or down, as the integers have it."""
+    return {"v": jnp.where(fitted["v"] >= 0, _SURE, -_SURE)} if "v" in fitted else dict(fitted)
 
 
 def _before_rounding(fixed: Mapping[str, Array], fitted: Mapping[str, Array]) -> Array:

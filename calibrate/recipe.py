@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
 from qjax.core.quantize import quantize
-from qjax.core.safetensors_io import atomic_write
-from qjax.core.typing import PRNGKeyArray
+from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
+from qjax.core.serialize import flatten
+from qjax.core.typing import Params, PRNGKeyArray
 from qjax.models.denoisers import build_denoiser
 from qjax.models.loading import load_pipeline
 from qjax.models.pipeline import Pipeline
@@ -36,15 +40,22 @@ class State:
     Attributes:
       teacher: The float pipeline; no stage changes it.
       student: The quantized pipeline so far.
+      floats: The float params that the student's integers stand for, where a stage has moved
+        something between layers or into a branch of them; None: the teacher's.
     """
 
     teacher: Pipeline
     student: Pipeline
+    floats: Params | None = None
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """A frozen dataclass of settings that improves a quantized pipeline."""
+    """A frozen dataclass of settings that improves a quantized pipeline.
+
+    It may have a method `check(pipe)` that raises what can be told of the settings and the float
+    pipeline before anything is computed; `run` calls those of all stages first.
+    """
 
     def run(self, state: State, key: PRNGKeyArray, work: Work) -> State:
         """The state after this stage, the same for equal states and keys.
@@ -78,6 +89,26 @@ class Recipe:
                 f"stages must be frozen dataclasses with run(state, key, work); got {', '.join(wrong)}."
             )
 
+    def with_settings(self, **changes: Any) -> "Recipe":
+        """The recipe with these settings in every stage that has them.
+
+        Raises:
+          ValueError: If no stage has one of them.
+        """
+        had = {name for stage in self.stages for name in _fields(stage)}
+        if unknown := sorted(changes.keys() - had):
+            stages = ", ".join(type(stage).__name__ for stage in self.stages) or "none"
+            raise ValueError(
+                f"{self.name} has no stage with {', '.join(unknown)}; its stages are {stages}."
+            )
+        stages = tuple(
+            dataclasses.replace(
+                stage, **{name: changes[name] for name in _fields(stage) if name in changes}
+            )
+            for stage in self.stages
+        )
+        return dataclasses.replace(self, stages=stages)
+
     def digest(self, stages: int | None = None) -> str:
         """Hash of the settings up to and including the first `stages` stages; None for all.
 
@@ -96,6 +127,10 @@ class Recipe:
                 f"Settings of stages must be numbers, texts, and tuples or dicts of them: {error}."
             ) from None
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fields(stage: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(stage)]
 
 
 def _is_stage(stage: Any) -> bool:
@@ -151,22 +186,27 @@ def run(
       The quantized pipeline; with `out` it is also saved there, in `out/final`.
 
     Raises:
-      ValueError: If `out` holds the stages of another recipe, seed or model, or `pipe` could
-        not be saved there; before anything is computed.
+      ValueError: If `out` holds the stages of another recipe, seed or model, `pipe` could not
+        be saved there, or a stage's settings do not suit it; before anything is computed.
     """
+    for stage in recipe.stages:
+        check = getattr(stage, "check", None)
+        if check is not None:
+            check(pipe)
     folder = None if out is None else Path(out)
-    total, done, student = len(recipe.stages), 0, None
+    total, done, student, floats = len(recipe.stages), 0, None, None
     if folder is not None:
         claim = _claim_of(pipe, recipe, seed)
         _check_claim(folder, claim)
         done, student = _furthest(folder, recipe) if resume else (0, None)
+        floats = _read_floats(folder, recipe, done - 1)
     if student is None:
         student = quantize_pipeline(pipe, recipe)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / RUN) as file:
             file.write((json.dumps(claim, indent=1) + "\n").encode())
-    state = State(teacher=pipe, student=student)
+    state = State(teacher=pipe, student=student, floats=floats)
     key = jax.random.key(seed)
     for i in range(done, total):
         stage = recipe.stages[i]
@@ -177,7 +217,10 @@ def run(
             _remove_parts(parts)
         state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event))
         if folder is not None:
+            _write_floats(folder, recipe, i, state.floats)
             state.student.save(folder / _stage_folder(recipe, i))
+            if i > 0:
+                _floats_file(folder, recipe, i - 1).unlink(missing_ok=True)
             _remove_parts(parts)
     if on_stage is not None:
         on_stage(total, total, "done")
@@ -191,6 +234,24 @@ def _remove_parts(folder: Path | None) -> None:
     if folder is not None:
         for path in folder.glob("*.safetensors"):
             path.unlink()
+
+
+def _floats_file(folder: Path, recipe: Recipe, i: int) -> Path:
+    """What a stage that changes the float params leaves for the next ones."""
+    return folder / f"{_stage_folder(recipe, i)}-floats.safetensors"
+
+
+def _write_floats(folder: Path, recipe: Recipe, i: int, floats: Params | None) -> None:
+    if floats is not None and i + 1 < len(recipe.stages):
+        arrays = {path: np.asarray(leaf) for path, leaf in flatten(floats)}
+        write_tensors(_floats_file(folder, recipe, i), arrays, {})
+
+
+def _read_floats(folder: Path, recipe: Recipe, i: int) -> Params | None:
+    if i < 0 or not (path := _floats_file(folder, recipe, i)).exists():
+        return None
+    leaves = {key: jnp.asarray(t.read()) for key, t in open_tensors(path).items()}
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def _stage_folder(recipe: Recipe, i: int) -> str:

@@ -1,8 +1,9 @@
 """Time information precalculation as a stage: a float table in place of the time layers.
 
 What a network computes of the timestep alone is computed once, in float32, from the teacher's
-weights, for the timesteps at which the sampler will stop; the student's own layers, quantized
-or not, are left out. What a table holds depends on the network (`qjax.models.time_rows`).
+weights (or those that a stage before has put in their place, `State.floats`), for the timesteps
+at which the sampler will stop; the student's own layers, quantized or not, are left out. What a
+table holds depends on the network (`qjax.models.time_rows`).
 
 References:
   Li et al., Efficiency Meets Fidelity, 2024, https://arxiv.org/abs/2412.06661.
@@ -12,10 +13,13 @@ References:
 
 import dataclasses
 
+from qjax.calibrate.low_rank import without_branches
 from qjax.calibrate.recipe import State
 from qjax.calibrate.work import Work
 from qjax.core.typing import PRNGKeyArray
-from qjax.models.retargeting import Keep, precalculate_time
+from qjax.models.pipeline import Pipeline
+from qjax.models.retargeting import Keep, network_of, precalculate_time
+from qjax.models.time_table import replaced_layers
 
 __all__ = ["TimePrecalculation"]
 
@@ -28,13 +32,27 @@ class TimePrecalculation:
 
     Attributes:
       steps: Of the sampler; the pipeline draws with no other number until it is retargeted
-        (`Pipeline.retarget`).
+        (`Pipeline.retarget`). None: not chosen yet, which `check` refuses.
       keep: Dtype in which the float layers are kept beside the params, in a file of their own;
         retargeting needs them. None leaves them out for good.
     """
 
-    steps: int
+    steps: int | None = None
     keep: Keep | None = "float16"
+
+    def check(self, pipe: Pipeline) -> int:
+        """The steps of the sampler, if they are chosen.
+
+        Raises:
+          ValueError: If they are not.
+        """
+        del pipe
+        if self.steps is None:
+            raise ValueError(
+                "a time table is made for the steps of the sampler, whose number is not chosen: "
+                "give steps (on the command line --steps)."
+            )
+        return self.steps
 
     def run(self, state: State, key: PRNGKeyArray, work: Work) -> State:
         """The state with the student's time tabulated; nothing is random.
@@ -44,7 +62,14 @@ class TimePrecalculation:
             table is of other timesteps.
         """
         del key, work
-        student = precalculate_time(
-            state.student, state.teacher.params, steps=self.steps, keep=self.keep
-        )
+        steps = self.check(state.teacher)
+        student, floats = state.student, state.floats
+        if floats is None:
+            floats = state.teacher.params
+        else:
+            # A table is made of whole kernels; what `LowRank` has moved beside them comes back.
+            layers = replaced_layers(network_of(student))
+            params, floats = without_branches(student.params, floats, layers)
+            student = student.replace(params=params)
+        student = precalculate_time(student, floats, steps=steps, keep=self.keep)
         return dataclasses.replace(state, student=student)

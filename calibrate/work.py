@@ -60,6 +60,15 @@ class Work:
             self.log("wrote", part=name)
         return arrays
 
+    def has(self, name: str) -> bool:
+        """Whether a part was made already."""
+        return self.folder is not None and (self.folder / f"{name}.safetensors").exists()
+
+    def drop(self, name: str) -> None:
+        """Forget a part that a later one has made superfluous."""
+        if self.folder is not None:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
     def log(self, event: str, **fields: Any) -> None:
         """Add an event; its fields are numbers and texts."""
         line = {"event": event, "seconds": round(time.monotonic() - self._begin, 2), **fields}

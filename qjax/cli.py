@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from qjax import cli_convert, cli_demo, cli_machine, cli_models, cli_pictures
+from qjax import cli_calibrate, cli_convert, cli_demo, cli_machine, cli_models, cli_pictures
 from qjax._version import __version__
 from qjax.cli_options import Command, add_options, resolve
 from qjax.cli_output import Output
@@ -24,6 +24,7 @@ from qjax.cli_output import Output
 COMMANDS: tuple[Command, ...] = (
     *cli_demo.COMMANDS,
     *cli_models.COMMANDS,
+    *cli_calibrate.COMMANDS,
     *cli_pictures.COMMANDS,
     *cli_machine.COMMANDS,
     *cli_convert.COMMANDS,

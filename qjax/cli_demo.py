@@ -21,7 +21,7 @@ def demo(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     size = FULL if settings.full else QUICK
     images = settings.num_images or size["num_images"]
     steps = settings.steps or size["steps"]
-    names = tuple(recipes.RECIPES) if settings.full else demo_.RECIPES
+    names = tuple(recipes.DATA_FREE) if settings.full else demo_.RECIPES
     phases = Phases()
     with output.progress("demo") as tell:
         shown = demo_.run_demo(

@@ -1,4 +1,4 @@
-"""Commands on models: plan, quantize, calibrate, inspect."""
+"""Commands on models: plan, quantize, inspect."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import qjax
 from qjax import api, recipes
-from qjax.calibrate.recipe import RUN, Recipe, run
+from qjax.calibrate.recipe import Recipe
 from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, whole
 from qjax.cli_output import Output, grid
 from qjax.core.config import QuantConfig
@@ -138,6 +138,13 @@ def quantize(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     shapes = float_shapes(settings.model)
     recipe = chosen_recipe(settings, shapes)
     planned = qjax.plan(shapes, recipe)
+    waiting = [e.path for e in planned.entries if e.act is not None and e.act.mode != "dynamic"]
+    if waiting:
+        raise ValueError(
+            f"{recipe.name} gives {len(waiting)} layers ranges that are fitted for the sampler's "
+            "steps, which takes data: use `qjax calibrate` with --steps, or a recipe with dynamic "
+            f"ranges, {', '.join(recipes.DATA_FREE)}."
+        )
     if recipe.stages:
         names = ", ".join(type(stage).__name__ for stage in recipe.stages)
         output.remark(f"{names} left out: quantize uses no data. `qjax calibrate` runs them.")
@@ -146,33 +153,10 @@ def quantize(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     else:
         pipe = load_model(settings.model, output, quantize=recipe.quant)
     pipe.save(settings.out)
-    return _saved(settings.model, recipe, pipe, settings.out, output, planned)
+    return saved_words(settings.model, recipe, pipe, settings.out, output, planned)
 
 
-def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
-    """Quantization and all stages of the recipe; resumes where an earlier run stopped."""
-    if not (settings.out / RUN).exists():
-        require_free(settings.out)
-    shapes = float_shapes(settings.model)
-    recipe = chosen_recipe(settings, shapes)
-    planned = qjax.plan(shapes, recipe)
-    teacher = load_model(settings.model, output)
-    with output.progress("calibrating") as tell:
-        pipe = run(
-            teacher,
-            recipe,
-            out=settings.out,
-            seed=settings.seed,
-            on_stage=lambda done, total, name: tell(done, max(total, 1), name),
-        )
-    if not recipe.stages:
-        output.remark(f"{recipe.name} has no stages that need data; this is what quantize does.")
-    final = settings.out / "final"
-    result = _saved(settings.model, recipe, pipe, final, output, planned)
-    return result | {"stages": [type(stage).__name__ for stage in recipe.stages]}
-
-
-def _saved(
+def saved_words(
     model: str, recipe: Recipe, pipe: Pipeline, folder: Path, output: Output, planned: Plan
 ) -> dict[str, Any]:
     """Say what was saved."""
@@ -310,15 +294,6 @@ COMMANDS = (
         options=(RECIPE, OUT_FOLDER, OVERWRITE),
         takes_quant=True,
         example="qjax quantize fashion-dit --recipe w4a8 --out fashion-dit-w4a8",
-    ),
-    Command(
-        name="calibrate",
-        help="quantize a model with data, stage by stage; the same DIR again resumes",
-        run=calibrate,
-        arguments=(MODEL,),
-        options=(RECIPE, OUT_FOLDER, SEED),
-        takes_quant=True,
-        example="qjax calibrate fashion-dit --recipe w4a8 --out run",
     ),
     Command(
         name="inspect",

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 import qjax
 from qjax import report
+from qjax.calibrate.data import read_prompts
 from qjax.cli_models import MODEL, SEED, load_model
 from qjax.cli_options import Command, Option, files_with_scales, path, real, text, texts, whole
 from qjax.cli_output import Output
@@ -81,13 +82,7 @@ def prompt_lines(file: Path | None) -> list[str] | None:
         return None
     if not file.is_file():
         raise FileNotFoundError(f"--prompts must be a file with one prompt a line; got {file}.")
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be text in UTF-8; got {error}.") from None
-    if not any(lines):
-        raise ValueError(f"{file} holds no prompt.")
-    return [line for line in lines if line]
+    return list(read_prompts(file))
 
 
 def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:

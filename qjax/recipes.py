@@ -5,14 +5,24 @@
 | `w8a8` | 8 bits, per output channel | 8 bits, dynamic per token | Nagel et al. 2021 |
 | `w4a16` | 4 bits, groups of 64 or 128 | float | Frantar et al. 2022 |
 | `w4a8` | 4 bits, groups of 64 or 128 | 8 bits, dynamic per token | Chen et al. 2025 (Q-DiT) |
+| `s2p_w8a8` | 8 bits, per output channel | 8 bits, a range for every step | Li et al. 2024 |
+| `s2p_w4a8` | 4 bits, groups of 64 or 128 | 8 bits, a range for every step | Li et al. 2024 |
 
-All three are data-free. The layers next to the pixels and the embedders stay in 16 bits:
-they hold few weights and their error reaches every pixel, or every layer, directly.
+The first three are data-free (`DATA_FREE`); the others calibrate, for the sampler's settings of
+their later use (`qjax.calibrate.run`, `qjax calibrate`). The layers next to the pixels and the
+embedders stay in 16 bits: they hold few weights and their error reaches every pixel, or every
+layer, directly.
 """
 
+import dataclasses
 from collections.abc import Callable
 
+from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.recipe import Recipe
+from qjax.calibrate.reconstruction import FitSettings
+from qjax.calibrate.serial_parallel import SerialParallel
+from qjax.calibrate.serial_parallel_settings import Fits
+from qjax.calibrate.time_table import TimePrecalculation
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 
 # Layers at the edge of the network, by the names they have in the models here.
@@ -27,11 +37,18 @@ EDGES = (
     ),
 )
 
+# A table stands for them where they depend on the timestep alone; elsewhere they are few.
+TIME = Rule(
+    pattern=r"(.*/)?time_emb_proj/kernel",
+    reason="projects the time vector: precalculated, or few weights",
+)
+
 # 128 divides the widths of DiT-XL/2 (1152, 4608), 64 those of Stable Diffusion (320, 960);
 # narrower layers share one scale per output channel.
 GROUP_SIZES = (128, 64, None)
 
 DYNAMIC_A8 = ActSpec(bits=8, mode="dynamic", granularity="per_token")
+PER_STEP_A8 = ActSpec(bits=8, mode="per_step", granularity="per_tensor", symmetric=False)
 
 
 def w8a8() -> Recipe:
@@ -64,6 +81,77 @@ def w4a8() -> Recipe:
     return _recipe("w4a8", _W4, DYNAMIC_A8)
 
 
+def s2p_w8a8(
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+    fits: Fits = "network",
+) -> Recipe:
+    """8-bit weights and activations, fitted serially and then in parallel; time precalculated.
+
+    Args:
+      steps: Steps of the sampler that it is fitted for; None: to be chosen with
+        `with_settings(steps=...)` before it runs.
+      guidance_scale: Weight of the guidance that it is fitted for; None for none.
+      data: What it is calibrated on; None for 64 items of labels in turn.
+      fits: `"network"` fits all layers at once, which needs memory for the gradients of the whole
+        network; `"blocks"` one block at a time.
+
+    References:
+      Li et al., Efficiency Meets Fidelity, 2024, https://arxiv.org/abs/2412.06661; what of it is
+      a reconstruction is in docs/methods.md.
+    """
+    weight = WeightSpec(bits=8, method="mse")
+    return _serial_parallel("s2p_w8a8", weight, steps, guidance_scale, data, fits)
+
+
+def s2p_w4a8(
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+    fits: Fits = "network",
+) -> Recipe:
+    """4-bit weights and 8-bit activations, likewise.
+
+    Args:
+      steps: As for `s2p_w8a8`.
+      guidance_scale: Likewise.
+      data: Likewise.
+      fits: Likewise.
+
+    References:
+      As for `s2p_w8a8`: https://arxiv.org/abs/2412.06661.
+    """
+    return _serial_parallel("s2p_w4a8", _W4, steps, guidance_scale, data, fits)
+
+
+def _serial_parallel(
+    name: str,
+    weight: WeightSpec,
+    steps: int | None,
+    guidance_scale: float | None,
+    data: CalibrationSet | None,
+    fits: Fits,
+) -> Recipe:
+    quant = _recipe(name, weight, PER_STEP_A8).quant
+    fit = FitSettings(weights="latent", iterations=600)
+    stage = SerialParallel(
+        steps=steps,
+        guidance_scale=guidance_scale,
+        data=CalibrationSet() if data is None else data,
+        fits=fits,
+        refreshes=3,
+        fit=fit,
+        ranges="minmax",
+    )
+    stages = (stage, TimePrecalculation(steps=steps))
+    return Recipe(
+        name=name, quant=dataclasses.replace(quant, rules=(*quant.rules, TIME)), stages=stages
+    )
+
+
 _W4 = WeightSpec(bits=4, granularity="per_group", group_size=GROUP_SIZES, method="mse")
 
 
@@ -74,7 +162,15 @@ def _recipe(name: str, weight: WeightSpec, act: ActSpec | None) -> Recipe:
     return Recipe(name=name, quant=quant)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"w8a8": w8a8, "w4a16": w4a16, "w4a8": w4a8}
+DATA_FREE: dict[str, Callable[[], Recipe]] = {"w8a8": w8a8, "w4a16": w4a16, "w4a8": w4a8}
+"""Recipes that `qjax.quantize` can do alone."""
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    **DATA_FREE,
+    "s2p_w8a8": s2p_w8a8,
+    "s2p_w4a8": s2p_w4a8,
+}
+"""All recipes by name."""
 
 
 def by_name(name: str) -> Recipe:

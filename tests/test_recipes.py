@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 import inspect
+import re
 
 import pytest
 
+import qjax
 from qjax import recipes
+from qjax.calibrate.recipe import run as calibrate
 from qjax.core.quantize import plan
 from qjax.models.autoencoder_config import AutoencoderKLConfig, VQModelConfig
 from qjax.models.components import build_component
@@ -77,7 +80,7 @@ def test_a_name_gives_the_recipe_of_that_name():
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="must be one of w8a8, w4a16, w4a8; got 'w3a8'"):
+    with pytest.raises(ValueError, match="must be one of w8a8, w4a16, w4a8, s2p_w8a8, s2p_w4a8; got 'w3a8'"):
         recipes.by_name("w3a8")
 
 
@@ -88,14 +91,14 @@ def test_every_recipe_names_its_paper(name):
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_is_as_its_name_says(name):
-    weight, act = (int(bits) for bits in name.removeprefix("w").split("a"))
+    weight, act = map(int, re.fullmatch(r".*w(\d+)a(\d+)", name).groups())
     for entry in entries("dit", name):
         if entry.weight is not None:
             assert entry.weight.bits == weight
             assert (16 if entry.act is None else entry.act.bits) == act
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", recipes.DATA_FREE)
 @pytest.mark.parametrize("model", CONFIGS)
 def test_only_edges_and_embedders_stay_in_float(model, name):
     left = {
@@ -105,6 +108,22 @@ def test_only_edges_and_embedders_stay_in_float(model, name):
     }
     assert set(left) == {f"{layer}/kernel" for layer in LEFT[model]}
     assert all("few weights" in reason for reason in left.values())
+
+
+def test_what_calibrates_leaves_out_only_projections_of_time_besides():
+    for name in recipes.RECIPES.keys() - recipes.DATA_FREE.keys():
+        plain = {e.path for e in entries("sd1", name.removeprefix("s2p_")) if e.weight is None}
+        left = {e.path for e in entries("sd1", name) if e.weight is None}
+        more = left - plain
+        assert more and all(path.endswith("time_emb_proj/kernel") for path in more)
+        assert plain <= left
+
+
+def test_what_calibrates_asks_for_the_steps_of_the_sampler():
+    pipe = qjax.load("fashion-dit")
+    for name in recipes.RECIPES.keys() - recipes.DATA_FREE.keys():
+        with pytest.raises(ValueError, match="whose number is not chosen: give steps"):
+            calibrate(pipe, recipes.by_name(name))
 
 
 @pytest.mark.parametrize("model", CONFIGS)

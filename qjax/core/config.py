@@ -93,8 +93,8 @@ class ActSpec:
       mode: `"dynamic"` takes the range from the input itself; `"static"` and `"per_step"`
         read `act_scale` (and `act_zero_point`) from the step's row.
       granularity: Who shares a scale: the whole tensor, a token (the last axis of one
-        position; for a convolution one image), or `group_size` channels of a token (not for
-        convolutions).
+        position; for a convolution one image), or `group_size` channels of a token (for a
+        convolution of a pixel; with the static modes, of all of them).
       group_size: Channels that share a scale; of a tuple the first that divides. Must equal
         the weight's group size where the weight has groups too.
       symmetric: Whether the range is mirrored at 0.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.core.config import ActSpec
-from qjax.core.qtensor import QTensor
+from qjax.core.qtensor import QTensor, spread
 from qjax.core.quantizers import Codes, quantize_activation
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
@@ -121,7 +121,9 @@ def conv(
       w: Kernel `[h, w, i, o]`, float or quantized.
       strides: Step between output pixels, the same on both axes.
       padding: `((top, bottom), (left, right))`, `"SAME"` or `"VALID"`.
-      row: This layer's entries of the step's row, as for `matmul`; `act_scale` is a scalar.
+      row: This layer's entries of the step's row, as for `matmul`; `act_scale` is a scalar, or
+        with granularity `"per_group"` one for each group of input channels, the same in every
+        tap. (Dynamic groups have ranges of their own for every pixel.)
 
     Raises:
       ValueError: If the kernel does not fit the image, or the row lacks what `w.act` needs.
@@ -157,13 +159,23 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
     # The barrier keeps XLA from rounding a pixel again for every tap that sees it.
     codes = lax.optimization_barrier(p.codes)
 
+    per_pixel = w.act.granularity == "per_group" and w.act.mode == "dynamic"
+
+    def patches_of(image, border):
+        return im2col(pad_image(image, pads, border), (kh, kw), strides)
+
     def by_patches(codes):
-        patches = im2col(pad_image(codes, pads, p.zero_point), (kh, kw), strides)
+        # Zeros around the image: the zero points, or 0 where every pixel has its own.
+        shared_zero = None if per_pixel else _per_channel(p.zero_point, i)
+        patches = patches_of(codes, shared_zero)
         *image, k = patches.shape
 
         def per_row(array: Array) -> Array:
-            if array.size == 1:
-                return array.reshape(1, 1)
+            groups = array.shape[-1]
+            if per_pixel:
+                return patches_of(array, None).reshape(-1, kh * kw * groups)
+            if groups > 1 or array.size == 1:  # one for all rows, the same in every tap
+                return jnp.tile(array.reshape(1, groups), (1, kh * kw if groups > 1 else 1))
             return jnp.broadcast_to(array, (*image, 1)).reshape(-1, 1)
 
         x_zero = None if p.zero_point is None else per_row(p.zero_point)
@@ -176,6 +188,7 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
         return y.astype(x.dtype)
 
     shared = w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1
+    shared = shared and p.scale.shape[-1] == 1 and not per_pixel
     if not shared or w.zero_point is not None or p.zero_point is not None or kh * kw == 1:
         return by_patches(codes)
     if i >= SHIFT_FROM_CHANNELS:
@@ -221,19 +234,20 @@ def _conv_jvp(strides, pads, primals, tangents):
 def _activation_codes(x: Array, act: ActSpec, row: Row, sample_axes: tuple[int, ...]) -> Codes:
     group_size = None
     if act.granularity == "per_group" and act.mode == "dynamic":
-        if len(sample_axes) > 1:
-            raise ValueError(
-                "Activations with granularity='per_group' are for matmuls; a convolution takes "
-                "'per_token' (one scale per image) or 'per_tensor'."
-            )
         group_size = choose_group_size(act.group_size, x.shape[-1]) or x.shape[-1]
     codes = quantize_activation(x, act, group_size=group_size, sample_axes=sample_axes, row=row)
-    if len(sample_axes) > 1 and codes.scale.shape[-1] != 1:
+    groups = codes.scale.shape[-1]
+    if len(sample_axes) > 1 and act.granularity != "per_group" and groups != 1:
         raise ValueError(
-            "A convolution's act_scale must be a scalar; got "
-            f"{codes.scale.shape[-1]} groups of input channels."
+            f"A convolution's act_scale must be a scalar; got {groups} groups of input channels. "
+            "Give it an act with granularity='per_group'."
         )
     return codes
+
+
+def _per_channel(small: Array | None, channels: int) -> Array | None:
+    """Values of groups of channels, along the last axis, for every channel."""
+    return None if small is None else spread(small, (*small.shape[:-1], channels))
 
 
 def _format(w: QTensor) -> Format:

@@ -254,7 +254,7 @@ def _decide(path: str, leaf: Any, kind: str, config: QuantConfig, used: set[int]
     channels = shape[axes.group]
     group_size = _group_size(weight, channels, len(shape))
     if act is not None and act.granularity == "per_group":
-        _check_act_groups(act, group_size, channels, kind)
+        _check_act_groups(act, group_size, channels)
     after = _stored_bytes(shape, weight, group_size, axes, config.scale_dtype)
     return PlanEntry(path, kind, shape, weight, act, group_size, 2 * size, after, reason)
 
@@ -270,12 +270,7 @@ def _group_size(weight: WeightSpec, channels: int, ndim: int) -> int | None:
     return channels if chosen is None and divides == channels and ndim > 2 else chosen
 
 
-def _check_act_groups(act: ActSpec, group_size: int | None, channels: int, kind: str) -> None:
-    if kind == "conv":
-        raise ValueError(
-            "act granularity 'per_group' is for matmuls; give convolutions a rule of their own "
-            "with 'per_token' (one scale per image)."
-        )
+def _check_act_groups(act: ActSpec, group_size: int | None, channels: int) -> None:
     act_group = choose_group_size(act.group_size, channels)
     if None not in (group_size, act_group) and group_size != act_group:
         raise ValueError(

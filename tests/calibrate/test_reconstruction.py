@@ -14,14 +14,13 @@ from qjax.calibrate.capture import items_within, watched
 from qjax.calibrate.collect import collect, collect_whole
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.fitted import soft_kernel
+from qjax.calibrate.optimize import _run_chunk, fit
 from qjax.calibrate.ranges import to_fitted
 from qjax.calibrate.reconstruction import (
     FitSettings,
     Fitted,
     Problem,
-    _run_chunk,
     block_error,
-    fit,
     mean_error,
     output,
 )
@@ -50,7 +49,7 @@ class Fixed:
         self.run = Calibration(pipe, student, SETTINGS, jax.random.key(0), Work())
         buffer = self.run.roll_out("first")
         self.run.tables = to_fitted(buffer.ranges, self.run.student.formats)
-        self.samples = self.run.samples(buffer, seed=0)
+        self.samples = self.run.samples(buffer, self.run.pairs(0))
         first = self.samples[0]
         self.blocks = self.run.student.blocks(first.x_t, first.t, first.told)
         self.groups = alike(self.blocks)
@@ -266,7 +265,7 @@ def test_an_interrupted_span_goes_on_to_the_same_schedule(dit_fixed):
 
 
 def test_settings_outside_their_range_are_refused():
-    with pytest.raises(ValueError, match="weights must be adaround, lora"):
+    with pytest.raises(ValueError, match="weights must be one of adaround, lora"):
         FitSettings(weights="magic")
     with pytest.raises(ValueError, match="iterations, batch and chunk"):
         FitSettings(iterations=0)

@@ -77,9 +77,17 @@ GEOMETRIES = [
     ((1, 1), 2, "VALID"),
 ]
 CONV_ACTS = [acts for acts in ACTS if acts[0].granularity != "per_group"][:-1]
+GROUPED = [
+    (ActSpec(granularity="per_group", group_size=8), {}),
+    (ActSpec(granularity="per_group", group_size=(7, 8), symmetric=False), {}),
+    (
+        ActSpec(mode="static", granularity="per_group", group_size=8, symmetric=False),
+        {"act_scale": jnp.array([0.02, 0.03]), "act_zero_point": jnp.array([5, -9])},
+    ),
+]
 
 
-@pytest.mark.parametrize("act, row", CONV_ACTS, ids=str)
+@pytest.mark.parametrize("act, row", CONV_ACTS + GROUPED, ids=str)
 @pytest.mark.parametrize("kernel, strides, padding", GEOMETRIES)
 def test_conv_is_that_of_the_quantized_operands(act, row, kernel, strides, padding):
     """Zero points on either side: the border must count as zeros, not as codes."""
@@ -87,7 +95,8 @@ def test_conv_is_that_of_the_quantized_operands(act, row, kernel, strides, paddi
     symmetric = act.mode != "dynamic"
     q = quantize(w, group_size=None if act.symmetric else 8, symmetric=symmetric, act=act)
     y = jax.jit(functools.partial(ops.conv, strides=strides, padding=padding))(x, q, row=row)
-    p, weights = expected(x, q, row, sample_axes=(-3, -2, -1))
+    group = 8 if act.granularity == "per_group" else None
+    p, weights = expected(x, q, row, sample_axes=(-3, -2, -1), group_size=group)
     wanted = float_conv(p, weights, strides, padding)
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
@@ -279,10 +288,8 @@ def test_what_the_row_lacks_is_named():
         ops.matmul(jnp.ones((3, 64)), q)
 
 
-def test_convolutions_take_no_groups_of_activations():
+def test_a_convolution_takes_groups_of_activations_only_where_its_act_says_so():
     x, w = jnp.ones((1, 4, 4, 16)), normal(3, 3, 16, 5)
-    with pytest.raises(ValueError, match="per_group' are for matmuls"):
-        ops.conv(x, quantize(w, act=ActSpec(granularity="per_group", group_size=8)))
     with pytest.raises(ValueError, match="act_scale must be a scalar; got 2 groups"):
         ops.conv(x, quantize(w, act=ActSpec(mode="static")), row={"act_scale": jnp.ones(2)})
 

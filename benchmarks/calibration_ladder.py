@@ -1,0 +1,217 @@
+"""What does each part of the calibration gain? `python benchmarks/calibration_ladder.py MODEL`
+
+From rounding to nearest up to serial-to-parallel with mixed precision and precalculated time,
+on a shipped model at few bits: the same calibration items, the same number of evaluations of
+the network (those with gradients included; a fit of blocks counts as one of the network), and
+pictures from the same noise, which was not calibrated on.
+
+| row | samples | what is fitted |
+|---|---|---|
+| nearest | of the float network | ranges |
+| parallel | of the float network | AdaRound, block by block (Q-Diffusion, TFMQ-DM) |
+| parallel, network | of the float network | the network at once, as in serial-to-parallel |
+| serial | own, online | the network, step after step (EfficientDM) |
+| register | own, online | the network, all steps at once (shift register) |
+| s2p R=1, R=3 | own, refreshed R - 1 times | the network |
+| + mixed | own | the same, bits by layer at the same mean |
+| + time | own | the same, and time layers tabulated in float |
+
+Latent error is the relative L2 distance of the final latents to the float model's; FD the
+Frechet distance between the pictures' features. Rows already in the result file are kept, so
+that a run can be broken off. Writes `benchmarks/results/calibration_ladder.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import jax
+import numpy as np
+from _timing import RESULTS, environment
+
+import qjax
+from qjax import recipes
+from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.mixed_precision import MixedPrecision
+from qjax.calibrate.recipe import Recipe, Stage, run
+from qjax.calibrate.reconstruction import FitSettings
+from qjax.calibrate.serial_parallel import SerialParallel
+from qjax.calibrate.time_table import TimePrecalculation
+from qjax.core import metrics
+from qjax.core.config import ActSpec, QuantConfig, WeightSpec
+from qjax.core.qtensor import is_qtensor
+from qjax.core.quantize import tree_bytes
+from qjax.core.serialize import flatten
+from qjax.zoo import judge
+
+GUIDANCE = 2.0
+ITEMS, PAIRS, BATCH = 32, 256, 32
+BUDGET = 12288
+EVALUATION_SEED = 20251
+NAME = "calibration_ladder"
+
+
+def quant(bits: int, act_bits: int, *, time_in_float: bool = False) -> QuantConfig:
+    """Weights per output channel, inputs with a range for every step."""
+    rules = (*recipes.EDGES, recipes.TIME) if time_in_float else recipes.EDGES
+    act = dataclasses.replace(recipes.PER_STEP_A8, bits=act_bits)
+    assert isinstance(act, ActSpec)
+    weight = WeightSpec(bits=bits, method="mse")
+    return QuantConfig(
+        rules=rules, weight=weight, act=act, float_dtype="float16", allow_unmatched=True
+    )
+
+
+def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
+    """The stages of a row, each with the iterations that its budget allows."""
+    data = CalibrationSet(items=ITEMS)
+    shared = {"steps": steps, "guidance_scale": GUIDANCE, "data": data, "ranges": "minmax"}
+    roll_out = 2 * steps * ITEMS  # both halves
+    answers = 2 * PAIRS
+    latent = FitSettings(weights="latent", batch=BATCH)
+
+    def iterations(spent: float, each: float = BATCH) -> int:
+        return int((BUDGET - spent) / each)
+
+    def fitted(rounds: int) -> SerialParallel:
+        count = iterations((rounds + 1) * roll_out + rounds * answers)
+        fit = dataclasses.replace(latent, iterations=count)
+        return SerialParallel(fits="network", fit=fit, pairs=PAIRS, refreshes=rounds, **shared)
+
+    if row == "nearest":
+        return (SerialParallel(fits="ranges", samples="float", **shared),)
+    if row.startswith("parallel"):
+        # A float-driven roll-out evaluates both networks.
+        count = iterations(4 * roll_out + answers)
+        if row == "parallel":
+            fit = FitSettings(weights="adaround", batch=BATCH, iterations=count)
+            return (SerialParallel(samples="float", fit=fit, pairs=PAIRS, **shared),)
+        fit = dataclasses.replace(latent, iterations=count)
+        return (SerialParallel(samples="float", fits="network", fit=fit, pairs=PAIRS, **shared),)
+    if row == "serial":
+        # An iteration moves its samples on, and asks the float network, besides.
+        count = iterations(2 * roll_out, 3 * BATCH)
+        fit = dataclasses.replace(latent, iterations=count)
+        return (SerialParallel(schedule="serial", fits="network", fit=fit, **shared),)
+    if row == "register":
+        moving = -(-BATCH // (2 * steps)) * 2 * steps
+        count = iterations(2 * roll_out, BATCH + 2 * moving / 5)
+        fit = dataclasses.replace(latent, iterations=count)
+        return (
+            SerialParallel(schedule="register", shift_every=5, fits="network", fit=fit, **shared),
+        )
+    if row.startswith("s2p"):
+        return (fitted(int(row[-1])),)
+    mixed = MixedPrecision(
+        mean_bits=bits,
+        choices=(2, 3, 4, 5, 6, 8),
+        steps=steps,
+        guidance_scale=GUIDANCE,
+        data=data,
+        pairs=64,
+        rescore=0.0,
+    )
+    if row == "+ mixed":
+        return (mixed, fitted(3))
+    return (mixed, fitted(3), TimePrecalculation(steps=steps))
+
+
+ROWS = (
+    "nearest",
+    "parallel",
+    "parallel, network",
+    "serial",
+    "register",
+    "s2p R=1",
+    "s2p R=3",
+    "+ mixed",
+    "+ time",
+)
+
+
+def mean_bits(pipe: qjax.Pipeline) -> float:
+    """Bits of a quantized weight, on average."""
+    found = [leaf for _, leaf in flatten(pipe.params) if is_qtensor(leaf)]
+    sizes = np.asarray([np.prod(leaf.shape) for leaf in found], np.float64)
+    return float(np.sum(sizes * [leaf.bits for leaf in found]) / np.sum(sizes))
+
+
+class Judge:
+    """The float model's latents and pictures, and how far others are from them."""
+
+    def __init__(self, pipe: qjax.Pipeline, images: int, steps: int):
+        classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
+        self.settings = {
+            "labels": [i % classes for i in range(images)],
+            "steps": steps,
+            "guidance_scale": GUIDANCE,
+            "key": jax.random.key(EVALUATION_SEED),
+            "batch_size": 64,
+            "output": "latent",
+        }
+        self.latents = np.asarray(pipe(**self.settings))
+        self.images = np.asarray(pipe.images(self.latents))
+        self.features = judge.judge(self.images).features
+
+    def __call__(self, pipe: qjax.Pipeline) -> dict[str, float]:
+        latents = np.asarray(pipe(**self.settings))
+        images = np.asarray(pipe.images(latents))
+        distance = metrics.frechet_distance(judge.judge(images).features, self.features)
+        return {
+            "latent_error": float(metrics.relative_l2(latents, self.latents)),
+            "fd_to_float": float(distance.value),
+            "ssim": float(np.mean(metrics.ssim(images, self.images, data_range=1.0))),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--bits", default="3/6", help="of weights and of inputs, as 3/6")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", nargs="+", default=ROWS)
+    args = parser.parse_args()
+    bits, act_bits = map(int, args.bits.split("/"))
+    path = RESULTS / f"{NAME}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    pipe = qjax.load(args.model)
+    found = None
+    for seed in range(args.seeds):
+        for row in args.rows:
+            what = {
+                "model": args.model,
+                "bits": f"W{bits}A{act_bits}",
+                "steps": args.steps,
+                "images": args.images,
+                "row": row,
+                "seed": seed,
+            }
+            if any(what.items() <= one.items() for one in known):
+                continue
+            found = found or Judge(pipe, args.images, args.steps)
+            config = quant(bits, act_bits, time_in_float=row == "+ time")
+            recipe = Recipe(quant=config, stages=stages(row, args.steps, bits), name=row)
+            events = []
+            start = time.perf_counter()
+            made = run(pipe, recipe, seed=seed, on_event=events.append)
+            seconds = time.perf_counter() - start
+            result = {
+                **what,
+                **found(made),
+                "seconds": round(seconds, 1),
+                "forwards": sum(e["forwards"] for e in events if e["event"] == "done"),
+                "mean_bits": round(mean_bits(made), 3),
+                "bytes": tree_bytes(made.params),
+            }
+            known.append(result)
+            print(json.dumps(result), flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            document = {"benchmark": NAME, "environment": environment(), "rows": known}
+            path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

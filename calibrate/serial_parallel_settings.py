@@ -1,0 +1,122 @@
+"""The settings of serial-to-parallel calibration; `serial_parallel.py` says what they make of it."""
+
+import dataclasses
+from typing import Literal
+
+from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.ranges import Method
+from qjax.calibrate.reconstruction import FitSettings
+from qjax.calibrate.rollout import shared_steps
+from qjax.calibrate.trajectory import require_no_history
+from qjax.models.pipeline import Pipeline
+
+Fits = Literal["blocks", "network", "both", "ranges"]
+Schedule = Literal["refresh", "serial", "register"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SerialParallelSettings:
+    """How the two phases alternate.
+
+    Attributes:
+      steps: Steps of the sampler, those of its later use; None: not chosen yet, which `check`
+        refuses.
+      eta: Its share of fresh noise.
+      guidance_scale: Weight of the guidance, that of the later use; None for none.
+      data: The calibration set.
+      groups: Groups of neighbouring steps that share a range; None: every step has its own.
+      samples: Whose samples the fit is made on.
+      fits: What is fitted in the parallel phase; `"both"` gives blocks the first half of the
+        iterations and the network the second.
+      schedule: `"refresh"`: roll-outs and fits in turn. Online (`register.py`), the whole
+        network: `"register"` with all steps in every batch, `"serial"` with one after the other.
+      refreshes: Roll-outs, each followed by its share of the iterations.
+      shift_every: Iterations after which samples move on, online.
+      horizon: Steps after which samples are compared, the whole network being fitted
+        (`trajectory.py`); 0 compares the network's answers.
+      pairs: Pairs of an item and a step that the fit is made on.
+      fit: How blocks, or the network, are fitted.
+      ranges: How a range is found in the serial phase.
+      last_ranges: Whether ranges are fitted anew on the final weights, or kept as fitted.
+      batch: Items that run at once in roll-outs and captures.
+      memory_gib: Most that the data of the blocks being fitted may take.
+      keep_every: Iterations of a fit after which its state is kept on disk.
+    """
+
+    steps: int | None = None
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    data: CalibrationSet = dataclasses.field(default_factory=CalibrationSet)
+    groups: int | None = None
+    samples: Literal["quantized", "float"] = "quantized"
+    fits: Fits = "blocks"
+    schedule: Schedule = "refresh"
+    refreshes: int = 1
+    shift_every: int = 1
+    horizon: int = 0
+    pairs: int = 512
+    fit: FitSettings = dataclasses.field(default_factory=FitSettings)
+    ranges: Method = "mse"
+    last_ranges: bool = True
+    batch: int = 64
+    memory_gib: float = 4.0
+    keep_every: int = 500
+
+    def __post_init__(self):
+        for name in ("refreshes", "pairs", "batch", "shift_every", "keep_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name, allowed in (
+            ("samples", ("quantized", "float")),
+            ("fits", ("blocks", "network", "both", "ranges")),
+            ("schedule", ("refresh", "serial", "register")),
+            ("ranges", ("minmax", "mse")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}."
+                )
+        if self.horizon < 0:
+            raise ValueError(f"horizon must be at least 0; got {self.horizon}.")
+        whole = self.fits in ("network", "both")
+        if (self.horizon or self.fit.distillation) and not whole:
+            raise ValueError(
+                f"horizon and distillation need fits='network' or 'both'; got {self.fits!r}."
+            )
+        if self.schedule != "refresh" and (
+            self.fits != "network" or self.samples != "quantized" or self.horizon
+        ):
+            raise ValueError(
+                f"schedule={self.schedule!r} fits the network online, on its own samples and "
+                "answers: it needs fits='network', samples='quantized' and horizon=0; got "
+                f"{self.fits!r}, {self.samples!r} and {self.horizon}."
+            )
+        if self.horizon and self.fit.distillation:
+            raise ValueError("distillation compares one step; use it with horizon=0.")
+
+    def check(self, pipe: Pipeline) -> int:
+        """The steps of the sampler, if all that can be told beforehand is in order.
+
+        Args:
+          pipe: The float pipeline.
+
+        Raises:
+          ValueError: If the steps are not chosen, or are too few for `horizon` or `groups`, the
+            calibration set does not suit the model, or its sampler does not suit `horizon`.
+        """
+        if self.steps is None:
+            raise ValueError(
+                "ranges are fitted for every step of the sampler, whose number is not chosen: give "
+                "steps (on the command line --steps), and the guidance_scale of the later use."
+            )
+        calls = len(pipe.sampler.rows(self.steps, eta=self.eta)["t"])
+        if self.horizon > calls:
+            raise ValueError(
+                f"horizon must be at most the {calls} steps of the sampler; got {self.horizon}."
+            )
+        if self.groups is not None:
+            shared_steps(calls, self.groups)
+        self.data.check(pipe)
+        if self.horizon:
+            require_no_history(pipe.sampler)
+        return self.steps

@@ -1,0 +1,185 @@
+"""The command that calibrates: a recipe with all its stages, resumable, its progress shown."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import qjax
+from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.recipe import RUN, Recipe, run
+from qjax.cli_models import (
+    MODEL,
+    OUT_FOLDER,
+    RECIPE,
+    SEED,
+    chosen_recipe,
+    float_shapes,
+    load_model,
+    require_free,
+    saved_words,
+)
+from qjax.cli_options import Command, Option, real, text, whole
+from qjax.cli_output import Output
+from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
+from qjax.models.pipeline import Pipeline
+from qjax.plots import line_plot, save_plot
+
+LOSS = "loss.svg"
+
+
+def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
+    """Quantization and all stages of the recipe; resumes where an earlier run stopped."""
+    if not (settings.out / RUN).exists():
+        require_free(settings.out)
+    shapes = float_shapes(settings.model)
+    recipe = chosen_recipe(settings, shapes)
+    prompts = prompt_lines(settings.prompts)
+    planned = qjax.plan(shapes, recipe)
+    teacher = load_model(settings.model, output)
+    recipe = with_options(recipe, settings, teacher, prompts)
+    stages, stage = max(len(recipe.stages), 1), 0
+    with output.progress("calibrating") as tell:
+
+        def on_stage(done: int, total: int, name: str) -> None:
+            nonlocal stage
+            stage = done
+            tell(done, max(total, 1), name)
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if "share" in event:
+                tell(stage + event["share"], stages, event_words(event))
+
+        pipe = run(
+            teacher,
+            recipe,
+            out=settings.out,
+            seed=settings.seed,
+            on_stage=on_stage,
+            on_event=on_event,
+        )
+    if not recipe.stages:
+        output.remark(f"{recipe.name} has no stages that need data; this is what quantize does.")
+    result = saved_words(settings.model, recipe, pipe, settings.out / "final", output, planned)
+    plot = save_losses(settings.out)
+    if plot is not None:
+        output.say(f"losses: {plot}, from {plot.parent.name}'s log.jsonl of every stage")
+    named = [type(stage).__name__ for stage in recipe.stages]
+    return result | {"stages": named, "losses": plot}
+
+
+def with_options(
+    recipe: Recipe, settings: SimpleNamespace, pipe: Pipeline, prompts: list[str] | None
+) -> Recipe:
+    """The recipe with what the command line says of the sampler and the data.
+
+    Raises:
+      ValueError: If it says something that no stage of the recipe has.
+    """
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("steps", settings.steps),
+            ("guidance_scale", settings.guidance),
+            ("eta", settings.eta),
+        )
+        if value is not None
+    }
+    data: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("items", settings.items),
+            ("labels", label_numbers(settings.labels, pipe)),
+            ("prompts", prompts),
+            ("negative_prompts", settings.negative),
+        )
+        if value is not None
+    }
+    if data:
+        first: Any = next((s for s in recipe.stages if hasattr(s, "data")), None)
+        changes["data"] = dataclasses.replace(first.data if first else CalibrationSet(), **data)
+    recipe = recipe.with_settings(**changes)
+    if settings.iterations is None:
+        return recipe
+    fitting: list[Any] = [stage for stage in recipe.stages if hasattr(stage, "fit")]
+    if not fitting:
+        raise ValueError(f"--iterations: {recipe.name} has no stage that fits anything.")
+    fit = dataclasses.replace(fitting[0].fit, iterations=settings.iterations)
+    return recipe.with_settings(fit=fit)
+
+
+def event_words(event: Mapping[str, Any]) -> str:
+    """A few words on what a stage is at."""
+    if event["event"] == "step":
+        return f"{event['part']}, step {event['step']} of {event['steps']}"
+    error = f", error {event['error']:.3f} of nearest" if "error" in event else ""
+    return f"{event.get('block', '')}, iteration {event.get('iteration', '')}{error}"
+
+
+def save_losses(out: Path) -> Path | None:
+    """Plot the errors of all fits that the logs of a run tell of; None if there are none."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for log in sorted(out.glob("stage-*-parts/log.jsonl")):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["event"] == "fit" and "error" in event:
+                x, y = series.setdefault(event["block"], ([], []))
+                x.append(event["iteration"])
+                y.append(event["error"])
+    if not series:
+        return None
+    # Of many blocks those that are left with most.
+    worst = sorted(series, key=lambda name: -series[name][1][-1])[:6]
+    words = "" if len(series) == len(worst) else f", the worst {len(worst)} of {len(series)}"
+    document = line_plot(
+        {name: series[name] for name in series if name in worst},
+        title=f"Error while fitting{words}",
+        x_label="iteration",
+        y_label="error relative to rounding to nearest",
+    )
+    save_plot(out / LOSS, document)
+    return out / LOSS
+
+
+STEPS = Option(
+    name="steps", read=whole(1), metavar="N", help="steps of the sampler that it is meant for"
+)
+ETA = Option(name="eta", read=real, metavar="E", help="share of fresh noise a step, 0 to 1")
+
+COMMANDS = (
+    Command(
+        name="calibrate",
+        help="quantize a model with data, stage by stage; the same DIR again resumes",
+        run=calibrate,
+        arguments=(MODEL,),
+        options=(
+            RECIPE,
+            OUT_FOLDER,
+            STEPS,
+            GUIDANCE,
+            ETA,
+            LABELS,
+            Option(
+                name="prompts",
+                read=lambda value: Path(text(value)).expanduser(),
+                metavar="FILE",
+                help="texts to calibrate on, one a line, for models that read prompts",
+            ),
+            Option(
+                name="negative",
+                read=text,
+                metavar="TEXT",
+                help="the negative prompt of the later use",
+            ),
+            Option(name="items", read=whole(1), metavar="N", help="pictures to calibrate on"),
+            Option(
+                name="iterations", read=whole(1), metavar="N", help="optimizer steps of every fit"
+            ),
+            SEED,
+        ),
+        takes_quant=True,
+        example="qjax calibrate fashion-ldm --recipe s2p_w4a8 --steps 10 --guidance 2 --out run",
+    ),
+)
