@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.core.typing import Array, Int, UInt8
 
@@ -91,8 +92,12 @@ def unpack(
         values = values.reshape(*blocks.shape[:-2], block, o)
         stored = values if stored is None else stored | values
         start, shift = start + size, shift + width
-    # 2**(bits-1) is subtracted modulo 256: for 8 bits it flips the top bit.
-    codes = (stored - jnp.uint8(2 ** (bits - 1))).astype(jnp.int8)
+    # Signed before the subtraction: where packing stands in the same program, XLA:CPU takes
+    # the difference of unsigned bytes to floats without a sign (jax 0.10 to 0.12).
+    if bits == 8:
+        codes = lax.bitcast_convert_type(stored ^ jnp.uint8(128), jnp.int8)
+    else:
+        codes = lax.bitcast_convert_type(stored, jnp.int8) - jnp.int8(2 ** (bits - 1))
     codes = codes.reshape(*batch, length * 8 // bits, o)
     return codes[..., : codes.shape[-2] - pad, :] if pad else codes
 

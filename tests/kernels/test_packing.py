@@ -116,3 +116,23 @@ def test_a_format_decodes_what_it_describes(bits):
     np.testing.assert_array_equal(native.decode(codes), codes)
     assert packed.widens
     assert native.widens == (bits <= 4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("reads", ("sum of squares", "distance"))
+def test_packed_and_unpacked_in_one_program_codes_keep_their_signs(bits, reads):
+    """XLA:CPU of jax 0.10 to 0.12 lost them where the differences were of unsigned bytes."""
+    rng = np.random.default_rng(bits)
+    codes = jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (256, 128)), jnp.int8)
+    block, _, pad = packing.packed_size(256, bits)
+
+    @jax.jit
+    def program(codes):
+        packed = packing.pack(codes, bits=bits)
+        back = packing.unpack(packed, bits=bits, block=block, pad=pad).astype(jnp.float32)
+        if reads == "distance":
+            return jnp.max(jnp.abs(back - codes.astype(jnp.float32)))
+        return jnp.sum(jnp.square(back))
+
+    expected = 0 if reads == "distance" else np.sum(np.square(np.asarray(codes, np.int64)))
+    assert float(program(codes)) == pytest.approx(float(expected), rel=1e-6)
