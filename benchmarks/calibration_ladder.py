@@ -13,6 +13,7 @@ pictures from the same noise, which was not calibrated on.
 | serial | own, online | the network, step after step (EfficientDM) |
 | register | own, online | the network, all steps at once (shift register) |
 | s2p R=1, R=3 | own, refreshed R - 1 times | the network |
+| s2p R=3, float first | of the float network until the first refresh | the network |
 | + mixed | own | the same, bits by layer at the same mean |
 | + time | own | the same, and time layers tabulated in float |
 
@@ -74,10 +75,14 @@ def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
     def iterations(spent: float, each: float = BATCH) -> int:
         return int((BUDGET - spent) / each)
 
-    def fitted(rounds: int) -> SerialParallel:
-        count = iterations((rounds + 1) * roll_out + rounds * answers)
+    def fitted(rounds: int, samples: str = "quantized") -> SerialParallel:
+        # A roll-out that the float network drives evaluates both.
+        rolls = rounds + 1 + (samples == "float_first")
+        count = iterations(rolls * roll_out + rounds * answers)
         fit = dataclasses.replace(latent, iterations=count)
-        return SerialParallel(fits="network", fit=fit, pairs=PAIRS, refreshes=rounds, **shared)
+        return SerialParallel(
+            fits="network", fit=fit, pairs=PAIRS, refreshes=rounds, samples=samples, **shared
+        )
 
     if row == "nearest":
         return (SerialParallel(fits="ranges", samples="float", **shared),)
@@ -101,6 +106,8 @@ def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
         return (
             SerialParallel(schedule="register", shift_every=5, fits="network", fit=fit, **shared),
         )
+    if row == "s2p R=3, float first":
+        return (fitted(3, "float_first"),)
     if row.startswith("s2p"):
         return (fitted(int(row[-1])),)
     mixed = MixedPrecision(
@@ -125,6 +132,7 @@ ROWS = (
     "register",
     "s2p R=1",
     "s2p R=3",
+    "s2p R=3, float first",
     "+ mixed",
     "+ time",
 )

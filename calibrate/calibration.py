@@ -2,11 +2,13 @@
 
 What the phases are is told in `serial_parallel.py`. Every one is a part of `Work`, and so is
 every `keep_every` iterations of a fit: a run that is killed goes on from the last of them and
-ends with the same bits.
+ends with the same bits. A fit online is one part, as its samples move with it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ from qjax.calibrate.parts import (
 from qjax.calibrate.ranges import to_fitted, to_rows
 from qjax.calibrate.reconstruction import FitSettings, Fitted, Problem, Runner, mean_error
 from qjax.calibrate.register import Register, fit_online, lanes
-from qjax.calibrate.rollout import Buffer, Network, roll_out, shared_steps, staleness
+from qjax.calibrate.rollout import Buffer, Items, Network, roll_out, shared_steps, staleness
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
 from qjax.calibrate.student import Student, Tables, merged, names, stratified_pairs
 from qjax.calibrate.trajectory import Unrolled, unrolled_data
@@ -36,9 +38,13 @@ from qjax.calibrate.work import Work
 from qjax.core.steps import StepTable, TableKey
 from qjax.core.typing import Array, Params, PRNGKeyArray
 from qjax.models.pipeline import Pipeline
+from qjax.models.sampling import draw_noise, image_keys
 
 _WITH_GRADIENT = 3.0
 """Work of an evaluation with its gradient, in evaluations."""
+
+_NOTHING = "(?!)"
+"""A regular expression that nothing holds."""
 
 
 class Calibration:
@@ -72,6 +78,7 @@ class Calibration:
         self.rows = teacher.sampler.rows(steps, eta=settings.eta)
         self.calls = len(self.rows["t"])
         self.student = Student.of(student, teacher.params if floats is None else floats)
+        _require_match(settings.fit.only, self.student.formats)
         reads_rows = [fmt for fmt in self.student.formats.values() if fmt.reads_rows]
         static = any(fmt.act is not None and fmt.act.mode == "static" for fmt in reads_rows)
         self.group = shared_steps(self.calls, 1 if static else settings.groups)
@@ -136,7 +143,7 @@ class Calibration:
         settings, student = self.settings, self.student
         network = student.network(self.teacher, settings.ranges)
         driver = None
-        if settings.samples == "float":
+        if settings.samples == "float" or (settings.samples == "float_first" and old is None):
             free = Network(
                 self.teacher.apply,
                 self.teacher.sampler,
@@ -166,13 +173,23 @@ class Calibration:
             )
             return pack_buffer(buffer)
 
+        if settings.fresh and old is not None:
+            self.items = self._with_noise(name)
         buffer = unpack_buffer(self.work.part(name, make))
         self.forwards += buffer.forwards * self.halves
         self._done += self._roll_out_work
-        if old is not None:
+        if old is not None and not settings.fresh:
             moved = [round(float(s), 4) for s in staleness(buffer, old)]
             self.work.log("staleness", part=name, by_step=moved)
         return buffer
+
+    def _with_noise(self, name: str) -> Items:
+        """The items with noise that no other roll-out has."""
+        number = zlib.crc32(name.encode())
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 0), number)
+        keys = image_keys(key, jnp.arange(len(self.items.x_T), dtype=jnp.uint32))
+        x_T = draw_noise(keys, self.items.x_T.shape[1:])
+        return self.items._replace(x_T=x_T, keys=keys)
 
     def pairs(self, refresh: int) -> Pairs:
         """Which samples of a roll-out the fit is made on."""
@@ -318,6 +335,7 @@ class Calibration:
             return pack_fitted(carry.fitted)
 
         self._accept(block, self.work.part("online-network", make))
+        self._done += self._evaluations(0, fit) * _WITH_GRADIENT
         shifts = -(-fit.iterations // settings.shift_every)
         self.forwards += self._evaluations(0, fit) + 2 * shifts * slots * each * self.halves
 
@@ -332,6 +350,11 @@ class Calibration:
         """The iterations of a refresh, of all that there are."""
         total, parts = fit.iterations, self.settings.refreshes
         return total * refresh // parts, total * (refresh + 1) // parts
+
+    def _ends(self, refresh: int, fit: FitSettings) -> list[int]:
+        """Iterations of a refresh after which its state is kept, and the last."""
+        first, last = self._span(refresh, fit)
+        return [*range(first + self.settings.keep_every, last, self.settings.keep_every), last]
 
     def _evaluations(self, refresh: int, fit: FitSettings) -> int:
         if self.settings.schedule != "refresh":
@@ -351,6 +374,10 @@ class Calibration:
             layer: begin.weights[layer] if one is None else dict(one)
             for layer, one in before.items()
         }
+        for layer in block.layers:
+            # What is not fitted is what its integers are, and nothing softer.
+            if not re.search(fit.only, layer):
+                weights[layer] = nearest_weights(fixed[layer], weights[layer])
         problem = Problem(
             params=self.student.block_params(block, fixed),
             fixed=fixed,
@@ -395,6 +422,7 @@ class Calibration:
         of: int = 1,
     ) -> None:
         """Fit a block, one `of` some, or read what an earlier run has fitted; take it over."""
+        fit = _within_block(fit, block)
         cost = self._evaluations(refresh, fit) * _WITH_GRADIENT / of
 
         def make() -> dict[str, Array]:
@@ -418,6 +446,8 @@ class Calibration:
             return pack_fitted(fitted)
 
         self._accept(block, self.work.part(name, make))
+        for end in self._ends(refresh, fit)[:-1]:
+            self.work.drop(f"{name}-at-{end}")
         self._done += cost
 
     def _iterate(
@@ -450,7 +480,7 @@ class Calibration:
                 share=self._share(cost * (done - first) / max(last - first, 1)),
             )
 
-        ends = [*range(first + self.settings.keep_every, last, self.settings.keep_every), last]
+        ends = self._ends(refresh, fit)
         kept = [i for i, end in enumerate(ends) if self.work.has(f"{name}-at-{end}")]
         for i in range(kept[-1] if kept else 0, len(ends)):
             span = (ends[i - 1] if i else first, ends[i])
@@ -460,8 +490,8 @@ class Calibration:
 
             if ends[i] == last:
                 carry = unpack_tree(make(), carry)
-            else:
-                carry = unpack_tree(self.work.part(f"{name}-at-{ends[i]}", make), carry)
+                break  # what was kept last goes when the whole is written
+            carry = unpack_tree(self.work.part(f"{name}-at-{ends[i]}", make), carry)
             self.work.drop(f"{name}-at-{span[0]}")
         return carry.fitted, errors
 
@@ -483,3 +513,28 @@ class Calibration:
             key = TableKey(timesteps=tuple(np.asarray(self.rows["t"]).tolist()))
             table = table.with_entry("quant", rows, key=key)
         return self.pipe.replace(params=params, step_table=table if table.entries else None)
+
+
+def _require_match(only: str, layers: Collection[str]) -> None:
+    """That a layer is fitted.
+
+    Raises:
+      ValueError: If no path holds the expression.
+    """
+    if not any(re.search(only, layer) for layer in layers):
+        shown = ", ".join(sorted(layers)[:3])
+        raise ValueError(
+            f"only must be held by the path of a quantized layer; got {only!r}, and layers such as "
+            f"{shown}. Leave it empty to fit all."
+        )
+
+
+def _within_block(fit: FitSettings, block: Block) -> FitSettings:
+    """The settings with `only` in terms of a block's own paths, which begin at the block."""
+    if not fit.only or not block.path:
+        return fit
+    kept = [
+        re.escape(layer) for layer in block.layers if re.search(fit.only, block.absolute(layer))
+    ]
+    only = f"^({'|'.join(kept)})$" if kept else _NOTHING
+    return dataclasses.replace(fit, only=only)

@@ -146,6 +146,7 @@ def _chunk(
     rows = carry.acts_state.updates.shape[0]
     sizes = [v["v"].size for v in carry.fitted.weights.values() if "v" in v]
     distilled = settings.distillation > 0 and bool(runner.watched)
+    passed = runner.groups(problem.args, problem.group)
 
     def loss(fitted: Fitted, index: Array, key: PRNGKeyArray, number: Array):
         extra = jnp.float32(0)
@@ -192,7 +193,7 @@ def _chunk(
         }
         acts, acts_state = carry.fitted.acts, carry.acts_state
         if settings.act_rate > 0 and acts:
-            present = jnp.zeros((rows,), bool).at[problem.group[index]].set(True)
+            present = jnp.zeros((rows,), bool).at[passed[index]].set(True)
             change, acts_state = adam_rows.update(
                 gradient.acts, acts_state, present, settings.act_rate * cosine
             )

@@ -206,6 +206,8 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / RUN) as file:
             file.write((json.dumps(claim, indent=1) + "\n").encode())
+        for i in range(done):
+            _remove_parts(folder / f"{_stage_folder(recipe, i)}-parts")
     state = State(teacher=pipe, student=student, floats=floats)
     key = jax.random.key(seed)
     for i in range(done, total):

@@ -180,6 +180,11 @@ class Runner:
                 return self.apply({"params": params}, *args, **kwargs)
             return jnp.asarray(self.module.apply({"params": params}, *args, **kwargs))
 
+    def groups(self, inputs: Any, group: Int[Array, " m"]) -> Int[Array, "m ..."]:
+        """The groups of steps whose ranges an item passes: its own."""
+        del inputs
+        return group
+
     def _hook(self, quantize: Callable[[str, nn.Module, Array], Array]) -> Hook:
         formats = dict(self.formats)
 

@@ -25,12 +25,15 @@ class SerialParallelSettings:
       guidance_scale: Weight of the guidance, that of the later use; None for none.
       data: The calibration set.
       groups: Groups of neighbouring steps that share a range; None: every step has its own.
-      samples: Whose samples the fit is made on.
+      samples: Whose samples the fit is made on: the quantized network's, the float one's, or, with
+        `"float_first"`, the float one's until the first refresh (DAgger begins so).
       fits: What is fitted in the parallel phase; `"both"` gives blocks the first half of the
         iterations and the network the second.
       schedule: `"refresh"`: roll-outs and fits in turn. Online (`register.py`), the whole
         network: `"register"` with all steps in every batch, `"serial"` with one after the other.
       refreshes: Roll-outs, each followed by its share of the iterations.
+      fresh: Whether every roll-out begins with noise of its own, what items are told staying; else
+        all begin with the same, and the log says how far the samples have moved.
       shift_every: Iterations after which samples move on, online.
       horizon: Steps after which samples are compared, the whole network being fitted
         (`trajectory.py`); 0 compares the network's answers.
@@ -48,10 +51,11 @@ class SerialParallelSettings:
     guidance_scale: float | None = None
     data: CalibrationSet = dataclasses.field(default_factory=CalibrationSet)
     groups: int | None = None
-    samples: Literal["quantized", "float"] = "quantized"
+    samples: Literal["quantized", "float", "float_first"] = "quantized"
     fits: Fits = "blocks"
     schedule: Schedule = "refresh"
     refreshes: int = 1
+    fresh: bool = True
     shift_every: int = 1
     horizon: int = 0
     pairs: int = 512
@@ -67,7 +71,7 @@ class SerialParallelSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name, allowed in (
-            ("samples", ("quantized", "float")),
+            ("samples", ("quantized", "float", "float_first")),
             ("fits", ("blocks", "network", "both", "ranges")),
             ("schedule", ("refresh", "serial", "register")),
             ("ranges", ("minmax", "mse")),

@@ -154,7 +154,7 @@ class Smoothing:
             path: _in_place_of(leaves[path], jnp.asarray(leaf), path, student.quant)
             for path, leaf in changed.items()
         }
-        student = student.replace(params=with_leaves(student.params, new))
+        student = student.replace(params=with_leaves(student.params, new), smoothed=True)
         return dataclasses.replace(state, student=student, floats=with_leaves(floats, changed))
 
     def _statistics(

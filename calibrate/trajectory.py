@@ -55,6 +55,11 @@ class Unrolled(Runner):
             )
         return x_t
 
+    def groups(self, inputs: Any, group: Int[Array, " m"]) -> Int[Array, "m k"]:
+        """The groups of all steps that an item goes through."""
+        (_, _, _, _, _, groups, *_), _ = inputs
+        return groups
+
     def _step(self, params, x_t, told, null, keys, step, group, row, scale, quantizing):
         assert self.apply is not None and self.sampler is not None
         both = group if null is None else jnp.concatenate([group, group])

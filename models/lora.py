@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -30,6 +31,7 @@ from flax import traverse_util
 from qjax.core.layers import LOW_RANK
 from qjax.core.qtensor import is_qtensor
 from qjax.core.safetensors_io import open_tensors
+from qjax.core.typing import Array
 from qjax.models.checkpoints import listed, raise_if_any
 from qjax.models.convert import Target
 from qjax.models.lora_keys import Tables, places
@@ -206,7 +208,7 @@ def rescale(
     """The params with other weights for the LoRAs beside them.
 
     Args:
-      params: Params with side branches.
+      params: Params with side branches; what a branch has before the LoRAs stays as it is.
       ranks: Of every LoRA, in the order of attaching, its rank by the path of the layer.
       scales: The new weight of each.
 
@@ -219,12 +221,7 @@ def rescale(
         weights = [[s] * rank.get(layer, 0) for rank, s in zip(ranks, scales, strict=True)]
         # In the dtype that is there, which quantize may have changed: another would retrace.
         leaf = jnp.asarray([w for one in weights for w in one], flat[path].dtype)
-        if leaf.shape != flat[path].shape:
-            raise ValueError(
-                f"the ranks of the LoRAs must be those of the side branches; got {len(leaf)} in "
-                f"all for {layer}, which has {len(flat[path])}. Detach them and attach them again."
-            )
-        flat[path] = leaf
+        flat[path] = jnp.concatenate([flat[path][: _own(flat[path], ranks, layer)], leaf])
     return traverse_util.unflatten_dict(flat)
 
 
@@ -243,12 +240,38 @@ def one_each(scale: float | Sequence[float], count: int) -> list[float]:
     return scales
 
 
-def detach(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The params without side branches."""
-    flat = traverse_util.flatten_dict(params, is_leaf=_is_leaf)
-    return traverse_util.unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if path[-1] not in LOW_RANK}
-    )
+def detach(
+    params: Mapping[str, Any], ranks: Sequence[Mapping[str, int]] | None = None
+) -> dict[str, Any]:
+    """The params without LoRAs beside them.
+
+    Args:
+      params: Params with side branches.
+      ranks: As for `rescale`: what a branch has besides stays. None takes all branches away.
+
+    Raises:
+      ValueError: If the ranks are more than those of the side branches.
+    """
+    flat = dict(traverse_util.flatten_dict(params, is_leaf=_is_leaf))
+    for path in [path for path in flat if path[-1] == LOW_RANK[-1]]:
+        layer = path[:-1]
+        own = 0 if ranks is None else _own(flat[path], ranks, "/".join(layer))
+        for name, axis in zip(LOW_RANK, (-1, 0, 0), strict=True):
+            leaf = flat.pop((*layer, name))
+            if own:
+                flat[*layer, name] = jax.lax.slice_in_dim(leaf, 0, own, axis=axis % leaf.ndim)
+    return traverse_util.unflatten_dict(flat)
+
+
+def _own(scale: Array, ranks: Sequence[Mapping[str, int]], layer: str) -> int:
+    """How much of a layer's branch is not of its LoRAs: what calibration has put there."""
+    count = sum(rank.get(layer, 0) for rank in ranks)
+    if count > len(scale):
+        raise ValueError(
+            f"the ranks of the LoRAs must be those of the side branches; got {count} in all for "
+            f"{layer}, which has {len(scale)}. Detach them and attach them again."
+        )
+    return len(scale) - count
 
 
 def _is_leaf(path: ModulePath, leaf: Any) -> bool:

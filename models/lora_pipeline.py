@@ -44,9 +44,15 @@ def add_lora(pipe: Pipeline, path: str | os.PathLike[str], *, scale: float = 1.0
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If it does not fit the networks, every key that does not is named; or if the
-        pipeline does not say which networks it runs.
+      ValueError: If it does not fit the networks, every key that does not is named; if the
+        pipeline does not say which networks it runs; or if inputs of its layers are scaled.
     """
+    if pipe.smoothed:
+        raise ValueError(
+            "inputs of this pipeline's layers are scaled (Smoothing), so that a LoRA beside them "
+            "would see other values than it was made for. Fuse it into the float model "
+            "(fuse=True), and calibrate that."
+        )
     loras = _read(pipe, path)
     params = _params(pipe)
     changed = {name: attach(params[name], lora, scale=scale) for name, lora in loras.items()}
@@ -98,8 +104,11 @@ def scale_loras(pipe: Pipeline, scale: float | Sequence[float]) -> Pipeline:
 
 
 def remove_loras(pipe: Pipeline) -> Pipeline:
-    """The pipeline without side branches; what was fused stays."""
-    changed = {name: detach(params) for name, params in _params(pipe).items()}
+    """The pipeline without its LoRAs; what was fused stays, and so do branches of calibration."""
+    changed = {
+        name: detach(params, [lora.ranks.get(name, {}) for lora in pipe.loras])
+        for name, params in _params(pipe).items()
+    }
     return _with_params(pipe, changed).replace(loras=())
 
 

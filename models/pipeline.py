@@ -119,6 +119,8 @@ class Pipeline:
     """The rules by which `params` were quantized; None for float ones."""
     loras: tuple[AttachedLoRA, ...] = ()
     """The LoRAs whose side branches are in the params, in the order they came."""
+    smoothed: bool = False
+    """Whether inputs of layers were scaled in calibration, which a LoRA does not know of."""
     source: Source | None = None
     """What it takes to build the network again; needed to save the pipeline."""
 

@@ -30,7 +30,15 @@ from qjax.models.saving_sides import read_sides, sides_of
 from qjax.models.saving_time import read_time, without_dropped, write_time
 from qjax.models.time_table import dropped_layers
 
-_FIELDS = ("shape", "null_label", "num_labels", "guidance_channels", "method", "buckets")
+_FIELDS = (
+    "shape",
+    "null_label",
+    "num_labels",
+    "guidance_channels",
+    "method",
+    "buckets",
+    "smoothed",
+)
 
 
 def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:

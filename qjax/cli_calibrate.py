@@ -33,6 +33,9 @@ LOSS = "loss.svg"
 def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Quantization and all stages of the recipe; resumes where an earlier run stopped."""
     if not (settings.out / RUN).exists():
+        # What a run leaves that was killed while it wrote its first file.
+        for unfinished in settings.out.glob(f".{RUN}.*.tmp"):
+            unfinished.unlink()
         require_free(settings.out)
     shapes = float_shapes(settings.model)
     recipe = chosen_recipe(settings, shapes)
@@ -120,16 +123,16 @@ def event_words(event: Mapping[str, Any]) -> str:
 
 def save_losses(out: Path) -> Path | None:
     """Plot the errors of all fits that the logs of a run tell of; None if there are none."""
-    series: dict[str, tuple[list[float], list[float]]] = {}
+    errors: dict[str, dict[int, float]] = {}
     for log in sorted(out.glob("stage-*-parts/log.jsonl")):
         for line in log.read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event["event"] == "fit" and "error" in event:
-                x, y = series.setdefault(event["block"], ([], []))
-                x.append(event["iteration"])
-                y.append(event["error"])
-    if not series:
+                # A run that was killed has told of some iterations twice.
+                errors.setdefault(event["block"], {})[event["iteration"]] = event["error"]
+    if not errors:
         return None
+    series = {name: _columns(found) for name, found in errors.items()}
     # Of many blocks those that are left with most.
     worst = sorted(series, key=lambda name: -series[name][1][-1])[:6]
     words = "" if len(series) == len(worst) else f", the worst {len(worst)} of {len(series)}"
@@ -141,6 +144,12 @@ def save_losses(out: Path) -> Path | None:
     )
     save_plot(out / LOSS, document)
     return out / LOSS
+
+
+def _columns(found: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """Iterations in their order, and their errors."""
+    ordered = sorted(found.items())
+    return [x for x, _ in ordered], [y for _, y in ordered]
 
 
 STEPS = Option(

@@ -192,8 +192,24 @@ def test_several_add_up_each_with_its_scale(params, tmp_path):
 
 def test_ranks_that_are_not_those_of_the_branches_are_refused(params, tmp_path):
     lora = load_lora(lora_file(tmp_path / "a.safetensors", peft, layers=(DENSE,)), TABLES)["unet"]
-    with pytest.raises(ValueError, match="got 2 in all for attentions_0/to_q, which has 3"):
-        rescale(attach(params, lora), [{"attentions_0/to_q": 2}], [1.0])
+    with pytest.raises(ValueError, match="got 4 in all for attentions_0/to_q, which has 3"):
+        rescale(attach(params, lora), [{"attentions_0/to_q": 4}], [1.0])
+
+
+def test_a_branch_that_was_there_before_stays_as_it_was(params, tmp_path):
+    first = lora_file(tmp_path / "a.safetensors", peft, rank=2, layers=(DENSE,))
+    own = attach(params, load_lora(first, TABLES)["unet"], scale=0.5)
+    lora = load_lora(lora_file(tmp_path / "b.safetensors", peft), TABLES)["unet"]
+    ranks = [{"/".join(path): factors.rank for path, factors in lora.layers.items()}]
+    both = attach(own, lora, scale=1.0)
+    flat = traverse_util.flatten_dict(rescale(both, ranks, [0.25]), sep="/")
+    scales = {path: leaf.tolist() for path, leaf in flat.items() if path.endswith("lora_scale")}
+    dense = "attentions_0/to_q/lora_scale"
+    assert scales.pop(dense) == [0.5, 0.5, 0.25, 0.25, 0.25]
+    assert scales and all(scale == [0.25] * 3 for scale in scales.values())
+    jax.tree.map(np.testing.assert_array_equal, detach(both, ranks), own)
+    with pytest.raises(ValueError, match="ranks of the LoRAs must be those"):
+        detach(own, ranks)
 
 
 def test_quantizing_leaves_a_side_branch_in_float(params, tmp_path):
