@@ -47,8 +47,8 @@ from qjax.core.serialize import flatten
 from qjax.zoo import judge
 
 GUIDANCE = 2.0
-ITEMS, PAIRS, BATCH = 32, 256, 32
-BUDGET = 12288
+ITEMS, PAIRS, BATCH = 64, 512, 32
+BUDGET = 16384
 EVALUATION_SEED = 20251
 NAME = "calibration_ladder"
 
@@ -77,7 +77,7 @@ def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
 
     def fitted(rounds: int, samples: str = "quantized") -> SerialParallel:
         # A roll-out that the float network drives evaluates both.
-        rolls = rounds + 1 + (samples == "float_first")
+        rolls = rounds + (samples == "float_first")
         count = iterations(rolls * roll_out + rounds * answers)
         fit = dataclasses.replace(latent, iterations=count)
         return SerialParallel(
@@ -88,7 +88,7 @@ def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
         return (SerialParallel(fits="ranges", samples="float", **shared),)
     if row.startswith("parallel"):
         # A float-driven roll-out evaluates both networks.
-        count = iterations(4 * roll_out + answers)
+        count = iterations(2 * roll_out + answers)
         if row == "parallel":
             fit = FitSettings(weights="adaround", batch=BATCH, iterations=count)
             return (SerialParallel(samples="float", fit=fit, pairs=PAIRS, **shared),)
@@ -96,12 +96,12 @@ def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
         return (SerialParallel(samples="float", fits="network", fit=fit, pairs=PAIRS, **shared),)
     if row == "serial":
         # An iteration moves its samples on, and asks the float network, besides.
-        count = iterations(2 * roll_out, 3 * BATCH)
+        count = iterations(roll_out, 3 * BATCH)
         fit = dataclasses.replace(latent, iterations=count)
         return (SerialParallel(schedule="serial", fits="network", fit=fit, **shared),)
     if row == "register":
         moving = -(-BATCH // (2 * steps)) * 2 * steps
-        count = iterations(2 * roll_out, BATCH + 2 * moving / 5)
+        count = iterations(roll_out, BATCH + 2 * moving / 5)
         fit = dataclasses.replace(latent, iterations=count)
         return (
             SerialParallel(schedule="register", shift_every=5, fits="network", fit=fit, **shared),

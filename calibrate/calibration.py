@@ -87,7 +87,7 @@ class Calibration:
         self.forwards = 0
         self._done = 0.0
         rolls = (settings.refreshes if settings.schedule == "refresh" else 1) + (
-            settings.last_ranges and settings.fits != "ranges"
+            settings.finds_last_ranges
         )
         fits = 0 if settings.fits == "ranges" else settings.fit.iterations
         self._total = rolls * self._roll_out_work + fits * settings.fit.batch * _WITH_GRADIENT
@@ -116,7 +116,7 @@ class Calibration:
             old = buffer
             learned = self.tables
             self.tables = to_fitted(buffer.ranges, self.student.formats)
-            if learned and settings.fit.act_rate > 0 and not settings.last_ranges:
+            if learned and settings.fit.act_rate > 0 and not settings.finds_last_ranges:
                 self.tables = learned
             if settings.fits == "ranges":
                 continue
@@ -132,7 +132,7 @@ class Calibration:
                 self.fit_blocks(self.samples(buffer, pairs), refresh, blocks)
             if settings.fits in ("network", "both"):
                 self.fit_network(buffer, pairs, refresh, fit)
-        if settings.last_ranges and settings.fits != "ranges":
+        if settings.finds_last_ranges:
             buffer = self.roll_out("roll-out-last", old)
             self.tables = to_fitted(buffer.ranges, self.student.formats)
         self.work.log("done", forwards=self.forwards)
@@ -232,6 +232,8 @@ class Calibration:
                     memory_gib=self.settings.memory_gib,
                 )[g]
 
+            if _within_block(fit, block).only == _NOTHING and fit.act_rate == 0:
+                continue  # nothing of it is fitted
             # One program for alike blocks: the first one's module stands for all.
             runner = self.student.runner(groups[g][0])
             name = f"refresh-{refresh}-block-{number}"

@@ -258,21 +258,24 @@ def random_genome(
 
 
 def crossover(
-    a: Genome,
-    b: Genome,
+    parents: Int[np.ndarray, "n l"],
     space: Space,
     budget: Budget,
     rng: np.random.Generator,
     *,
     seen: Collection[bytes] = (),
 ) -> Genome:
-    """Every gene from either parent with probability 1/2; else as `random_genome`."""
-    make = lambda: np.where(rng.random(len(a)) < 0.5, a, b).astype(np.int32)
+    """Every gene of either of two parents, with probability 1/2; else as `random_genome`."""
+
+    def make() -> Genome:
+        a, b = parents[rng.choice(len(parents), 2, replace=len(parents) < 2)]
+        return np.where(rng.random(len(a)) < 0.5, a, b).astype(np.int32)
+
     return _fitting(make, space, budget, rng, seen)
 
 
 def mutation(
-    a: Genome,
+    parents: Int[np.ndarray, "n l"],
     space: Space,
     budget: Budget,
     rng: np.random.Generator,
@@ -280,8 +283,12 @@ def mutation(
     probability: float = 0.1,
     seen: Collection[bytes] = (),
 ) -> Genome:
-    """Every gene drawn again, evenly, with that probability; else as `random_genome`."""
-    make = lambda: np.where(rng.random(len(a)) < probability, _even(space, rng), a).astype(np.int32)
+    """A parent's genes, each drawn again with that probability; else as `random_genome`."""
+
+    def make() -> Genome:
+        a = parents[rng.integers(len(parents))]
+        return np.where(rng.random(len(a)) < probability, _even(space, rng), a).astype(np.int32)
+
     return _fitting(make, space, budget, rng, seen)
 
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax.calibrate.blocks import subtree
 from qjax.calibrate.collect import Samples
@@ -198,9 +198,9 @@ def _hook(network: GenomeNetwork, genome: Int[Array, " l"]) -> Hook:
     def hook(path: str, module: nn.Module, x: Array) -> Array:
         if path in others:
             return fake_quantize_dynamic(x, others[path], module)
-        if path not in places or places[path][2] is None:
+        i, fmt, act = places.get(path, (0, None, None))
+        if fmt is None or act is None:
             return x
-        i, fmt, act = places[path]
         return fake_quantize_grouped(x, genome[i], fmt.choices, act, ranges=network.ranges)
 
     return hook
@@ -276,8 +276,8 @@ def _layer_errors(network, params, kernels, genome, samples):
         if path in kernels:
             alone = module.copy(parent=None, name=None)
             own = subtree(params, path)
-            y = alone.apply({"params": own}, x)
-            y_hat = alone.apply(
+            y: Any = alone.apply({"params": own}, x)
+            y_hat: Any = alone.apply(
                 {"params": {**own, KERNEL: kernels[path]}}, quantized(path, module, x)
             )
             power = lambda a: jnp.sum(jnp.square(a.astype(jnp.float32)))
@@ -296,7 +296,7 @@ class Candidates:
 
     Attributes:
       network: The network; without layers it is run as it is.
-      params: Its params; those of the layers of the search are replaced.
+      params: Its params; kernels of the layers of the search are not read.
       floats: The kernels that are quantized, float, by layer.
       mesh: The devices that draw a candidate each; None for one device.
     """
@@ -327,8 +327,9 @@ class Candidates:
         devices = jax.local_devices() if devices is None else devices
         mesh = Mesh(np.array(devices), (_AXIS,)) if len(devices) > 1 else None
         kernels = {path: subtree(floats, path)[KERNEL] for path, _, _ in network.layers}
-        # The QTensors in their places would be arguments of the program for nothing.
-        params = with_kernels(params, kernels)
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            params, kernels = jax.device_put((params, kernels), everywhere)
         return cls(network, params, kernels, mesh)
 
     @property
@@ -384,11 +385,9 @@ class Candidates:
 
     def predict(self, genome: Int[np.ndarray, " l"], samples: Samples) -> Array:
         """The network's answer at samples, with one genome."""
-        kernels = {
-            path: _kernels(self.floats[path], jnp.asarray(genome[i : i + 1]), fmt, None)[0]
-            for i, (path, fmt, _) in enumerate(self.network.layers)
-        }
-        return _predict(self.network, self.params, kernels, jnp.asarray(genome), samples)
+        return _predict(
+            self.network, self.params, self._alone(genome), jnp.asarray(genome), samples
+        )
 
     def layer_errors(
         self, genome: Int[np.ndarray, " l"], samples: Sequence[Samples], params: Params
@@ -400,10 +399,7 @@ class Candidates:
           samples: Where the network is run.
           params: Of the float network.
         """
-        kernels = {
-            path: _kernels(self.floats[path], jnp.asarray(genome[i : i + 1]), fmt, None)[0]
-            for i, (path, fmt, _) in enumerate(self.network.layers)
-        }
+        kernels = self._alone(genome)
         sums = sum(
             np.asarray(
                 _layer_errors(self.network, params, kernels, jnp.asarray(genome), batch),
@@ -413,3 +409,10 @@ class Candidates:
         )
         noise, signal = np.asarray(sums).T
         return noise / np.maximum(signal, np.finfo(np.float64).tiny)
+
+    def _alone(self, genome: Int[np.ndarray, " l"]) -> dict[str, Float[Array, "..."]]:
+        """The kernels of one genome."""
+        return {
+            path: _kernels(self.floats[path], jnp.asarray(genome[i : i + 1]), fmt, None)[0]
+            for i, (path, fmt, _) in enumerate(self.network.layers)
+        }

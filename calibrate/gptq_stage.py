@@ -79,7 +79,7 @@ class GPTQ(GPTQSettings):
         """The same as settings of a serial-to-parallel run."""
         names = ("steps", "eta", "guidance_scale", "data", "samples", "pairs", "groups", "ranges")
         shared = {name: getattr(self, name) for name in (*names, "batch", "memory_gib")}
-        fit = FitSettings(iterations=1, weights="nearest")
+        fit = FitSettings(iterations=1, weights="nearest", act_rate=0.0)
         return SerialParallelSettings(**shared, fits="blocks", fit=fit)
 
     def check(self, pipe: Any) -> int:

@@ -40,7 +40,8 @@ class SerialParallelSettings:
       pairs: Pairs of an item and a step that the fit is made on.
       fit: How blocks, or the network, are fitted.
       ranges: How a range is found in the serial phase.
-      last_ranges: Whether ranges are fitted anew on the final weights, or kept as fitted.
+      last_ranges: Whether a last roll-out finds the ranges anew, on the final weights; else they
+        stay as they were learned. None: only if they were not (`fit.act_rate=0`).
       batch: Items that run at once in roll-outs and captures.
       memory_gib: Most that the data of the blocks being fitted may take.
       keep_every: Iterations of a fit after which its state is kept on disk.
@@ -61,7 +62,7 @@ class SerialParallelSettings:
     pairs: int = 512
     fit: FitSettings = dataclasses.field(default_factory=FitSettings)
     ranges: Method = "mse"
-    last_ranges: bool = True
+    last_ranges: bool | None = None
     batch: int = 64
     memory_gib: float = 4.0
     keep_every: int = 500
@@ -97,6 +98,13 @@ class SerialParallelSettings:
             )
         if self.horizon and self.fit.distillation:
             raise ValueError("distillation compares one step; use it with horizon=0.")
+
+    @property
+    def finds_last_ranges(self) -> bool:
+        """Whether a last roll-out finds ranges anew."""
+        if self.fits == "ranges":
+            return False  # the roll-out before was that
+        return self.fit.act_rate == 0 if self.last_ranges is None else self.last_ranges
 
     def check(self, pipe: Pipeline) -> int:
         """The steps of the sampler, if all that can be told beforehand is in order.

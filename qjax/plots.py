@@ -1,26 +1,16 @@
-"""Line plots as small SVG files that any browser shows, in light and in dark."""
+"""Line plots as SVG files, drawn by matplotlib."""
 
-import math
+import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from qjax.core.safetensors_io import atomic_write
 
-WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 44, 48
-
-# Told apart by dash too, so that a plot can be read in grey.
-COLOURS = ("#1f6fb4", "#c2410c", "#15803d", "#7c3aed", "#b91c7a", "#52525b")
-DASHES = ("", "7 5", "2 4", "12 4 2 4", "4 3", "14 6")
-
-STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#222}.grid{stroke:#ddd}.axis{stroke:#555}"
-    "rect{fill:#fff}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#333}"
-    ".axis{stroke:#999}rect{fill:#16181c}}"
-)
+# Inches; told apart by dash too, so that a plot can be read in grey.
+SIZE = (7.2, 4.0)
+DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -34,14 +24,14 @@ def line_plot(
     log_x: bool = False,
     log_y: bool = False,
 ) -> str:
-    """An SVG document with a line for every series.
+    """An SVG document with a line for every series; the same series give the same document.
 
     Args:
       series: By name, x and y; points that are not finite (or, on a logarithmic axis, not
         positive) are left out.
       title: Said above.
-      x_label: Under the x axis.
-      y_label: Beside the title, of the y axis.
+      x_label: Of the x axis.
+      y_label: Of the y axis.
       log_x: Whether x is logarithmic.
       log_y: Whether y is.
 
@@ -49,52 +39,29 @@ def line_plot(
       ValueError: If no point can be drawn.
     """
     kept = {name: _points(points, log_x, log_y) for name, points in series.items()}
-    every = np.concatenate([points for points in kept.values() if len(points)] or [[]])
-    if not len(every):
+    if not any(len(points) for points in kept.values()):
         raise ValueError(f"a plot needs at least one point that can be drawn; {title!r} has none.")
-    x_ticks = _ticks(every[:, 0].min(), every[:, 0].max(), log_x)
-    y_ticks = _ticks(every[:, 1].min(), every[:, 1].max(), log_y)
-    x_of = _scale(x_ticks, log_x, LEFT, WIDTH - RIGHT)
-    y_of = _scale(y_ticks, log_y, HEIGHT - BOTTOM, TOP)
-    parts = [
-        f'<text x="{LEFT}" y="20" font-weight="600">{escape(title)}</text>',
-        f'<text x="{LEFT}" y="37" opacity=".7">{escape(y_label)}</text>',
-        (
-            f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 10}" text-anchor="middle">'
-            f"{escape(x_label)}</text>"
-        ),
-    ]
-    for tick in y_ticks:
-        y = f"{y_of(tick):.1f}"
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-            f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{tick:.4g}</text>'
-        )
-    for tick in x_ticks:
-        x = f"{x_of(tick):.1f}"
-        parts.append(
-            f'<line class="axis" x1="{x}" x2="{x}" y1="{HEIGHT - BOTTOM}" '
-            f'y2="{HEIGHT - BOTTOM + 5}"/>'
-            f'<text x="{x}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:.4g}</text>'
-        )
-    for i, (name, points) in enumerate(kept.items()):
-        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
-        look = (
-            f'fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2" '
-            f'stroke-dasharray="{DASHES[i % len(DASHES)]}"'
-        )
-        parts.append(f'<polyline {look} points="{path}"><title>{escape(name)}</title></polyline>')
-        if len(kept) > 1:
-            y = TOP + 8 + 17 * i
-            parts.append(
-                f'<polyline {look} points="{WIDTH - 200},{y} {WIDTH - 168},{y}"/>'
-                f'<text x="{WIDTH - 162}" y="{y + 4}">{escape(name)}</text>'
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text, and what is random in the names of elements is not.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qjax"}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        for i, (name, points) in enumerate(kept.items()):
+            marker = "o" if len(points) < 20 else None
+            axes.plot(
+                *points.T, label=name, linestyle=DASHES[i % len(DASHES)], marker=marker, ms=3
             )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}"><style>{STYLE}</style>'
-        f'<rect width="100%" height="100%"/>{"".join(parts)}</svg>\n'
-    )
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.set_xscale("log" if log_x else "linear")
+        axes.set_yscale("log" if log_y else "linear")
+        axes.grid(alpha=0.3)
+        if len(kept) > 1:
+            axes.legend()
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Title": title})
+    return file.getvalue().decode()
 
 
 def save_plot(path: Path, document: str) -> None:
@@ -107,29 +74,3 @@ def _points(points: Points, log_x: bool, log_y: bool) -> np.ndarray:
     x, y = (np.asarray(values, np.float64) for values in points)
     keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
     return np.stack([x[keep], y[keep]], axis=-1)
-
-
-def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Round numbers from at most `low` to at least `high`."""
-    if logarithmic:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        if last - first > 2:
-            return [10.0**p for p in range(first, last + 1)]
-        rounds = [m * 10.0**p for p in range(first - 1, last + 1) for m in (1, 2, 5)]
-        begin = max((r for r in rounds if r <= low * (1 + 1e-9)), default=rounds[0])
-        end = min((r for r in rounds if r >= high * (1 - 1e-9)), default=rounds[-1])
-        if begin == end:
-            end = next(r for r in rounds if r > begin)
-        return [r for r in rounds if begin <= r <= end]
-    low = min(low, 0.0) if low < 0.4 * high or low <= 0 else low
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power * 5 >= span * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * i for i in range(first, max(last, first + 1) + 1)]
-
-
-def _scale(ticks: Sequence[float], logarithmic: bool, begin: float, end: float):
-    size = math.log10 if logarithmic else float
-    low, high = size(ticks[0]), size(ticks[-1])
-    return lambda value: begin + (end - begin) * (size(value) - low) / (high - low)

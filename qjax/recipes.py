@@ -7,6 +7,7 @@
 | `w4a8` | 4 bits, groups of 64 or 128 | 8 bits, dynamic per token | Chen et al. 2025 (Q-DiT) |
 | `s2p_w8a8` | 8 bits, per output channel | 8 bits, a range for every step | Li et al. 2024 |
 | `s2p_w4a8` | 4 bits, groups of 64 or 128 | 8 bits, a range for every step | Li et al. 2024 |
+| `q_dit_w8a8`, `q_dit_w6a8`, `q_dit_w4a8` | 8, 6, 4 bits, groups of 128 or 64, zero points, GPTQ | 8 bits, dynamic per token and group | Chen et al. 2025 |
 
 The first three are data-free (`DATA_FREE`); the others calibrate, for the sampler's settings of
 their later use (`qjax.calibrate.run`, `qjax calibrate`). The layers next to the pixels and the
@@ -18,6 +19,8 @@ import dataclasses
 from collections.abc import Callable
 
 from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.gptq_stage import GPTQ
+from qjax.calibrate.granularity_search import GranularitySearch
 from qjax.calibrate.recipe import Recipe
 from qjax.calibrate.reconstruction import FitSettings
 from qjax.calibrate.serial_parallel import SerialParallel
@@ -127,6 +130,101 @@ def s2p_w4a8(
     return _serial_parallel("s2p_w4a8", _W4, steps, guidance_scale, data, fits)
 
 
+def q_dit_w8a8(
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+    search: GranularitySearch | None = None,
+) -> Recipe:
+    """8-bit weights by GPTQ and 8-bit dynamic activations, both in the same groups.
+
+    The adaLN layers' weights are quantized, their inputs are not; embedders and the last layer
+    stay in 16 bits.
+
+    Args:
+      steps: Steps of the sampler whose samples the Hessians are taken of; None: to be chosen with
+        `with_settings(steps=...)` before it runs.
+      guidance_scale: Weight of the guidance there; None for none.
+      data: What it is calibrated on; None for 64 items of labels in turn.
+      search: Searches a group size for every layer first; None takes 128 (or 64) for all.
+
+    References:
+      Chen et al., Q-DiT, CVPR 2025, https://arxiv.org/abs/2406.17343.
+    """
+    return _q_dit(8, steps, guidance_scale, data, search)
+
+
+def q_dit_w6a8(
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+    search: GranularitySearch | None = None,
+) -> Recipe:
+    """6-bit weights and 8-bit activations, as `q_dit_w8a8`.
+
+    Args:
+      steps: As there.
+      guidance_scale: As there.
+      data: As there.
+      search: As there.
+
+    References:
+      As there: https://arxiv.org/abs/2406.17343.
+    """
+    return _q_dit(6, steps, guidance_scale, data, search)
+
+
+def q_dit_w4a8(
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+    search: GranularitySearch | None = None,
+) -> Recipe:
+    """4-bit weights and 8-bit activations, as `q_dit_w8a8`.
+
+    Args:
+      steps: As there.
+      guidance_scale: As there.
+      data: As there.
+      search: As there.
+
+    References:
+      As there: https://arxiv.org/abs/2406.17343.
+    """
+    return _q_dit(4, steps, guidance_scale, data, search)
+
+
+def _q_dit(
+    bits: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    data: CalibrationSet | None,
+    search: GranularitySearch | None,
+) -> Recipe:
+    name = f"q_dit_w{bits}a8"
+    weight = WeightSpec(bits=bits, symmetric=False, granularity="per_group", group_size=GROUP_SIZES)
+    act = ActSpec(
+        bits=8, mode="dynamic", granularity="per_group", group_size=GROUP_SIZES, symmetric=False
+    )
+    quant = _recipe(name, weight, act).quant
+    adaln = Rule(
+        pattern=r"(.*/)?(final_)?modulation/kernel",
+        weight=weight,
+        reason="adaLN: its input, the conditioning, is one vector for all tokens",
+    )
+    shared = {"steps": steps, "guidance_scale": guidance_scale}
+    if data is not None:
+        shared["data"] = data
+    rounding = GPTQ(**shared)
+    stages = (rounding,) if search is None else (search, rounding)
+    return Recipe(
+        name=name, quant=dataclasses.replace(quant, rules=(*quant.rules, adaln)), stages=stages
+    )
+
+
 def _serial_parallel(
     name: str,
     weight: WeightSpec,
@@ -169,6 +267,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     **DATA_FREE,
     "s2p_w8a8": s2p_w8a8,
     "s2p_w4a8": s2p_w4a8,
+    "q_dit_w8a8": q_dit_w8a8,
+    "q_dit_w6a8": q_dit_w6a8,
+    "q_dit_w4a8": q_dit_w4a8,
 }
 """All recipes by name."""
 

@@ -6,10 +6,21 @@ import os
 # another take many times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
+
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_collections():
+    """What is imported and compiled by now stays: looking for garbage in it takes long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -182,7 +182,10 @@ def test_it_runs_as_a_module():
 BAD = {
     "no such command": (["paint"], "invalid choice: 'paint'"),
     "no such model": (["plan", "nosuch", "--recipe", "w8a8"], "'nosuch' is no model of the zoo"),
-    "no such recipe": (["plan", MODEL, "--recipe", "w9"], "one of w8a8, w4a16, w4a8, s2p_w8a8, s2p_w4a8; got 'w9'"),
+    "no such recipe": (
+        ["plan", MODEL, "--recipe", "w9"],
+        "one of w8a8, w4a16, w4a8, s2p_w8a8, s2p_w4a8, q_dit_w8a8, q_dit_w6a8, q_dit_w4a8; got 'w9'",
+    ),
     "no recipe": (["plan", MODEL], "--recipe is needed"),
     "no such option": (
         ["plan", MODEL, "--recipy", "w8a8"],

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import re
 
 import pytest
@@ -80,7 +81,9 @@ def test_a_name_gives_the_recipe_of_that_name():
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="must be one of w8a8, w4a16, w4a8, s2p_w8a8, s2p_w4a8; got 'w3a8'"):
+    with pytest.raises(
+        ValueError, match="must be one of w8a8, .*, s2p_w4a8, .*, q_dit_w4a8; got 'w3a8'"
+    ):
         recipes.by_name("w3a8")
 
 
@@ -95,7 +98,8 @@ def test_a_recipe_is_as_its_name_says(name):
     for entry in entries("dit", name):
         if entry.weight is not None:
             assert entry.weight.bits == weight
-            assert (16 if entry.act is None else entry.act.bits) == act
+            adaln = name.startswith("q_dit") and "modulation" in entry.path
+            assert (16 if entry.act is None else entry.act.bits) == (16 if adaln else act)
 
 
 @pytest.mark.parametrize("name", recipes.DATA_FREE)
@@ -111,7 +115,7 @@ def test_only_edges_and_embedders_stay_in_float(model, name):
 
 
 def test_what_calibrates_leaves_out_only_projections_of_time_besides():
-    for name in recipes.RECIPES.keys() - recipes.DATA_FREE.keys():
+    for name in ("s2p_w8a8", "s2p_w4a8"):
         plain = {e.path for e in entries("sd1", name.removeprefix("s2p_")) if e.weight is None}
         left = {e.path for e in entries("sd1", name) if e.weight is None}
         more = left - plain
@@ -124,6 +128,22 @@ def test_what_calibrates_asks_for_the_steps_of_the_sampler():
     for name in recipes.RECIPES.keys() - recipes.DATA_FREE.keys():
         with pytest.raises(ValueError, match="whose number is not chosen: give steps"):
             calibrate(pipe, recipes.by_name(name))
+
+
+def test_dit_xl_at_4_bits_takes_the_bytes_of_the_paper():
+    """1349, 339 and 351 MB: all weights counted alike, and 2.5 bytes for a group of 128. What is
+    really stored is 1.5 to 2 % more, since embedders and the last layer stay in 16 bits and a
+    zero point takes a byte."""
+    entries = plan(shapes("dit"), recipes.q_dit_w4a8().quant).entries
+    count = sum(math.prod(entry.shape) for entry in entries)
+    groups = sum(math.prod(e.shape) // e.group_size for e in entries if e.group_size)
+    for megabytes, paper in (
+        (2 * count / 1e6, 1349),
+        (count / 2e6, 339),
+        (count / 2e6 + 2.5 * groups / 1e6, 351),
+    ):
+        assert megabytes == pytest.approx(paper, rel=0.01)
+    assert sum(entry.bytes_after for entry in entries) == pytest.approx(351e6, rel=0.025)
 
 
 @pytest.mark.parametrize("model", CONFIGS)
