@@ -52,15 +52,19 @@ def how_quantized(params: Params) -> str:
     leaves = [leaf for _, leaf in flatten(params) if is_qtensor(leaf)]
     if not leaves:
         return "not quantized"
-    bits = _either({leaf.bits for leaf in leaves})
+    widths = {leaf.bits for leaf in leaves}
     acts = _either({leaf.act.bits for leaf in leaves if leaf.act is not None})
     groups = {leaf.group_size for leaf in leaves if leaf.group_size}
     shared = "one scale per channel"
     if groups:
         rest = any(leaf.group_size is None for leaf in leaves)
         shared = f"groups of {_either(groups)}" + (f", else {shared}" if rest else "")
+    if len(widths) > 1:
+        counts = [math.prod(leaf.shape) for leaf in leaves]
+        bits = sum(n * leaf.bits for n, leaf in zip(counts, leaves, strict=True))
+        shared = f"{bits / sum(counts):.2f} on average; {shared}"
     inputs = f"{acts}-bit activations" if acts else "activations in float"
-    return f"{bits}-bit weights ({shared}), {inputs}"
+    return f"{_either(widths)}-bit weights ({shared}), {inputs}"
 
 
 def _either(numbers: set[int]) -> str:

@@ -148,11 +148,23 @@ def test_every_leaf_left_in_float_has_its_reason(qpipe):
     assert reasons["blocks_0/mlp/fc1/kernel"] == ""
 
 
+def quantize_leaf(spec, shape):
+    config = QuantConfig(weight=spec)
+    return qjax.quantize({"kernel": np.ones(shape, np.float32)}, config, box=False)["kernel"]
+
+
 def test_formats_are_said_in_words(pipe, qpipe):
     assert how_quantized(pipe.params) == "not quantized"
     assert how_quantized(qpipe.params) == (
         "8-bit weights (one scale per channel), 8-bit activations"
     )
+
+
+def test_several_widths_are_said_with_their_mean_over_weights():
+    narrow = quantize_leaf(WeightSpec(bits=2), (4, 6))
+    wide = quantize_leaf(WeightSpec(bits=6), (4, 2))
+    words = how_quantized({"a": {"kernel": narrow}, "b": {"kernel": wide}})
+    assert words.startswith("2 or 6-bit weights (3.00 on average; one scale per channel), ")
 
 
 def test_a_model_compared_with_itself_differs_in_nothing(pipe):
