@@ -173,9 +173,37 @@ class Judge:
         }
 
 
+def markdown(rows: list[dict]) -> str:
+    """The rows as tables, one for each model: means over seeds, and their standard deviations."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        lines += [
+            "",
+            f"`{model}`, {mine[0]['bits']}, {mine[0]['steps']} steps, {mine[0]['images']} pictures",
+            "",
+            "| row | seeds | latent error | FD | SSIM | mean bits | MB | evaluations | seconds |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name in sorted({row["row"] for row in mine}, key=ROWS.index):
+            found = [row for row in mine if row["row"] == name]
+
+            def shown(key: str, digits: int = 3, found: list[dict] = found) -> str:
+                values = [row[key] for row in found]
+                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+                return f"{np.mean(values):.{digits}f}{spread}"
+
+            lines.append(
+                f"| {name} | {len(found)} | {shown('latent_error')} | {shown('fd_to_float', 2)} | "
+                f"{shown('ssim')} | {found[0]['mean_bits']:.2f} | {found[0]['bytes'] / 1e6:.2f} | "
+                f"{found[0]['forwards']:,} | {np.mean([row['seconds'] for row in found]):.0f} |"
+            )
+    return "\n".join(lines).strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="leave it out to see what is known as tables")
     parser.add_argument("--bits", default="3/6", help="of weights and of inputs, as 3/6")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--images", type=int, default=256)
@@ -185,6 +213,9 @@ def main() -> None:
     bits, act_bits = map(int, args.bits.split("/"))
     path = RESULTS / f"{NAME}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
+    if args.model is None:
+        print(markdown(known))
+        return
     pipe = qjax.load(args.model)
     found = None
     for seed in range(args.seeds):

@@ -142,7 +142,8 @@ def allocate_greedily(
         fits = (saved > 0) & (taken.sum() + more <= budget)
         if not fits.any():
             return _allocation(chosen, costs, sizes, optimal=False)
-        worth = saved / np.maximum(more, np.finfo(np.float64).tiny)
+        # What saves and takes nothing comes first.
+        worth = np.divide(saved, more, out=np.full_like(saved, np.inf), where=more > 0)
         layer, choice = np.unravel_index(np.argmax(np.where(fits, worth, -np.inf)), worth.shape)
         chosen[layer] = choice
 

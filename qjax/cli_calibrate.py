@@ -26,6 +26,7 @@ from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.models.pipeline import Pipeline
 from qjax.plots import line_plot, save_plot
+from qjax.search_plot import save_fronts
 
 LOSS = "loss.svg"
 
@@ -69,8 +70,10 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     plot = save_losses(settings.out)
     if plot is not None:
         output.say(f"losses: {plot}, from {plot.parent.name}'s log.jsonl of every stage")
+    fronts = save_fronts(settings.out)
+    output.say(*(f"front of the search: {front}" for front in fronts))
     named = [type(stage).__name__ for stage in recipe.stages]
-    return result | {"stages": named, "losses": plot}
+    return result | {"stages": named, "losses": plot, "fronts": fronts}
 
 
 def with_options(

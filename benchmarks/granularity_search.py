@@ -1,0 +1,269 @@
+"""What do groups, dynamic ranges and the search gain? `python benchmarks/granularity_search.py`
+
+The ablation of Q-DiT (Chen et al., 2025, table 3) in its order, on a shipped transformer:
+
+| row | weights | inputs |
+|---|---|---|
+| rtn | a range for every output channel | one range for all steps and tokens (static) |
+| + group | groups of `--group` input channels | the same groups, ranges static |
+| + dynamic | the same | the same groups, a range for every token |
+| + dynamic, samples | the same | ranges shared by all tokens of a picture (simulated) |
+| + search | groups by layer, at the BitOps of `--group` everywhere | the same groups, by token |
+| + search, latent | the same, by errors of latents | |
+| + search, ilp | the same, by errors of layers, exactly | |
+
+Rounding is to nearest and ranges are asymmetric throughout. Layers are those of the paper: qkv,
+proj, fc1 and fc2 of every block; adaLN has weights in groups and float inputs. The search draws
+pictures with the guidance of the evaluation, from other noise. Every row is judged on the same
+noise; latent error is the relative L2 distance of the final latents to the float model's, FD the
+Frechet distance of the pictures' features to the float model's pictures and to real ones.
+
+Searches are rows by seed (`--seeds`), with what they found on their own noise and on fresh
+noise, for the winner and for the uniform groups. Rows in the result file are kept, and with
+`--work` searches go on where they were killed. Writes `benchmarks/results/granularity_search.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _timing import RESULTS, environment
+
+import qjax
+from qjax import recipes
+from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.evolution import EvolutionSettings
+from qjax.calibrate.fitted import quantized_kernels
+from qjax.calibrate.genome_forward import Candidates, GenomeNetwork, KernelFormat
+from qjax.calibrate.granularity_search import GranularitySearch
+from qjax.calibrate.recipe import Recipe, Stage, run
+from qjax.calibrate.rollout import Items
+from qjax.calibrate.serial_parallel import SerialParallel
+from qjax.calibrate.student import Student
+from qjax.core import metrics
+from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
+from qjax.core.plan import Axes
+from qjax.core.quantize import tree_bytes
+from qjax.models.sampling import draw_noise, image_keys
+from qjax.search_plot import save_fronts
+from qjax.zoo import judge
+
+GUIDANCE = 2.0
+EVALUATION_SEED = 20252
+NAME = "granularity_search"
+CHOICES = (8, 16, 32, 64, 128)
+SEARCHED = r"blocks_\d+/(attn|mlp)/.*"
+ROWS = (
+    "rtn",
+    "+ group",
+    "+ dynamic",
+    "+ dynamic, samples",
+    "+ search",
+    "+ search, latent",
+    "+ search, ilp",
+)
+
+
+def quant(row: str, bits: int, act_bits: int, group: int) -> QuantConfig:
+    """The rules of a row, before any search."""
+    weight = WeightSpec(bits=bits, symmetric=False)
+    act = ActSpec(bits=act_bits, mode="static", granularity="per_tensor", symmetric=False)
+    if row != "rtn":
+        weight = dataclasses.replace(weight, granularity="per_group", group_size=group)
+        act = dataclasses.replace(act, granularity="per_group", group_size=group)
+    if row not in ("rtn", "+ group"):
+        act = dataclasses.replace(act, mode="dynamic")
+    rules = (
+        *recipes.EDGES,
+        Rule(pattern=r"final_modulation/kernel", reason="part of the final layer"),
+        Rule(pattern=r"blocks_\d+/modulation/kernel", weight=weight),
+    )
+    return QuantConfig(
+        rules=rules, weight=weight, act=act, float_dtype="float16", allow_unmatched=True
+    )
+
+
+def stages(row: str, args: argparse.Namespace) -> tuple[Stage, ...]:
+    """What follows the rules of a row."""
+    if row in ("rtn", "+ group"):
+        return (
+            SerialParallel(
+                steps=args.steps,
+                guidance_scale=GUIDANCE,
+                data=CalibrationSet(items=args.search_images),
+                groups=1,
+                samples="float",
+                fits="ranges",
+                ranges="minmax",
+            ),
+        )
+    if row.startswith("+ dynamic"):
+        return ()
+    objective = {"+ search": "fd", "+ search, latent": "latent", "+ search, ilp": "layers"}[row]
+    half = args.population // 2
+    return (
+        GranularitySearch(
+            uniform=args.group,
+            choices=CHOICES,
+            layers=SEARCHED,
+            objective=objective,
+            solver="ilp" if row.endswith("ilp") else "evolution",
+            features=str(judge.FOLDER) if objective == "fd" else None,
+            reference=args.reference,
+            steps=args.steps,
+            guidance_scale=GUIDANCE,
+            data=CalibrationSet(items=args.search_images),
+            finalists=args.keep,
+            evolution=EvolutionSettings(
+                population=args.population,
+                keep=args.keep,
+                crossovers=half,
+                mutations=args.population - half,
+                generations=args.generations,
+            ),
+        ),
+    )
+
+
+class Judge:
+    """The float model's latents and pictures, and how far others are from them."""
+
+    def __init__(self, pipe: qjax.Pipeline, images: int, steps: int):
+        classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
+        self.pipe, self.steps = pipe, steps
+        self.settings = {
+            "labels": [i % classes for i in range(images)],
+            "steps": steps,
+            "guidance_scale": GUIDANCE,
+            "key": jax.random.key(EVALUATION_SEED),
+            "batch_size": 64,
+            "output": "latent",
+        }
+        self.latents = self.draw(pipe)
+        self.images = np.asarray(pipe.images(self.latents))
+        self.features = judge.judge(self.images).features
+
+    def draw(self, pipe: qjax.Pipeline) -> np.ndarray:
+        """The final latents of a pipeline on the noise of the evaluation."""
+        return np.asarray(pipe(**self.settings))
+
+    def draw_with_ranges_of_samples(self, pipe: qjax.Pipeline) -> np.ndarray:
+        """The same with ranges shared by all tokens of a picture, simulated in float."""
+        student = Student.of(pipe, self.pipe.params)
+        layers = []
+        for path, q in quantized_kernels(pipe.params).items():
+            if q.act is None:
+                continue
+            weight = WeightSpec(bits=q.bits, symmetric=False)
+            group = q.group_size or q.shape[-2]
+            dtype = np.dtype(q.scale.dtype).name
+            layers.append((path, KernelFormat((group,), weight, Axes(-2, (-1,)), dtype), q.act))
+        network = GenomeNetwork(
+            pipe.apply, pipe.sampler, pipe.guidance_channels, tuple(layers), (), "sample"
+        )
+        candidates = Candidates.of(network, student.params, self.pipe.params)
+        count = len(self.settings["labels"])
+        keys = image_keys(self.settings["key"], jnp.arange(count, dtype=jnp.uint32))
+        told, null = pipe.condition(count, labels=self.settings["labels"], guided=True)
+        items = Items(draw_noise(keys, pipe.shape), told, null, keys)
+        parts = candidates.draw(
+            np.zeros((1, len(layers)), np.int32),
+            items,
+            pipe.sampler.rows(self.steps),
+            guidance_scale=jnp.float32(GUIDANCE),
+            batch=64,
+        )
+        return np.concatenate([part[0] for part in parts])
+
+    def __call__(self, latents: np.ndarray) -> dict[str, float]:
+        """Distances of latents and of their pictures."""
+        images = np.asarray(self.pipe.images(latents))
+        features = judge.judge(images).features
+        return {
+            "latent_error": float(metrics.relative_l2(latents, self.latents)),
+            "fd_to_float": metrics.frechet_distance(features, self.features).value,
+            "fd_to_real": metrics.frechet_distance(features, judge.real_statistics()).value,
+            "ssim": float(np.mean(metrics.ssim(images, self.images, data_range=1.0))),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="fashion-dit")
+    parser.add_argument("--bits", nargs="+", default=["4/8", "3/8"], help="of weights and inputs")
+    parser.add_argument("--group", type=int, default=32, help="the uniform group size")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--images", type=int, default=512, help="pictures of the evaluation")
+    parser.add_argument("--search-images", type=int, default=128)
+    parser.add_argument("--reference", default="float", choices=("float", "real"))
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--keep", type=int, default=5)
+    parser.add_argument("--generations", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--work", type=Path, help="folder for the parts of searches")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
+    args = parser.parse_args()
+    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    pipe = qjax.load(args.model)
+    judged = None
+    for bits, act_bits in (map(int, text.split("/")) for text in args.bits):
+        for row in args.rows:
+            for seed in range(args.seeds if "search" in row else 1):
+                what = {
+                    "model": args.model,
+                    "bits": f"W{bits}A{act_bits}",
+                    "group": args.group,
+                    "steps": args.steps,
+                    "images": args.images,
+                    "row": row,
+                    "seed": seed,
+                }
+                if "search" in row:
+                    what |= {
+                        "search_images": args.search_images,
+                        "population": args.population,
+                        "generations": args.generations,
+                        "reference": args.reference,
+                    }
+                if any(what.items() <= one.items() for one in known):
+                    continue
+                judged = judged or Judge(pipe, args.images, args.steps)
+                config = quant(row, bits, act_bits, args.group)
+                recipe = Recipe(quant=config, stages=stages(row, args), name=row)
+                out = None
+                if args.work is not None and "search" in row:
+                    out = args.work / f"w{bits}a{act_bits}-{recipe.digest()}-{seed}"
+                events: list = []
+                start = time.perf_counter()
+                made = run(pipe, recipe, seed=seed, out=out, on_event=events.append)
+                seconds = time.perf_counter() - start
+                if row.endswith("samples"):
+                    latents = judged.draw_with_ranges_of_samples(made)
+                else:
+                    latents = judged.draw(made)
+                found = [e for e in events if e["event"] == "winner"]
+                won = {k: v for e in found for k, v in e.items() if k not in ("event", "seconds")}
+                result = {
+                    **what,
+                    **judged(latents),
+                    "bytes": tree_bytes(made.params),
+                    "seconds": round(seconds, 1),
+                    "search": won,
+                }
+                if out is not None:
+                    save_fronts(out)
+                known.append(result)
+                print(json.dumps(result), flush=True)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                document = {"benchmark": NAME, "environment": environment(), "rows": known}
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
