@@ -19,15 +19,15 @@ schedules' programs timed in turn (`--time`, on an idle machine, after a run wit
 
 import argparse
 import functools
+import itertools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from _timing import RESULTS, interleaved, table, write
 
@@ -38,6 +38,7 @@ from qjax.calibrate.blocks import alike
 from qjax.calibrate.collect import collect
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.fitted import hardened_weights
+from qjax.calibrate.fitted import start as fitted_start
 from qjax.calibrate.gptq import gptq
 from qjax.calibrate.recipe import quantize_pipeline
 from qjax.calibrate.reconstruction import (
@@ -66,10 +67,9 @@ PUBLISHED = FitSettings(
     iterations=20_000, weight_rate=1e-3, scaling="absolute", strength=0.01, batch=32
 )
 OURS = {
-    "adaround 2000": FitSettings(iterations=2000),
-    "adaround 500": FitSettings(iterations=500, weight_rate=3e-2),
-    "latent 1000": FitSettings(iterations=1000, weights="latent", weight_rate=1e-2),
     "gptq + latent 500": FitSettings(iterations=500, weights="latent", weight_rate=1e-2),
+    "adaround 2000": FitSettings(iterations=2000),
+    "latent 2500": FitSettings(iterations=2500, weights="latent", weight_rate=1e-2),
 }
 WEIGHT = WeightSpec(bits=BITS, method="mse")
 
@@ -114,7 +114,7 @@ def task() -> Task:
         nearest = Fitted({layer: {} for layer, _ in runner.formats}, {})
         return found._replace(baseline=mean_error(runner, found, nearest, batch=BATCH))
 
-    train, validation, test = (part(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True))
+    train, validation, test = (part(a, b) for a, b in itertools.pairwise(ends))
     return Task(runner, train, validation, test, _hessians(runner, train))
 
 
@@ -148,16 +148,16 @@ def _hessians(runner: Runner, problem: Problem) -> dict[str, Array]:
 def begin(given: Task, settings: FitSettings, start: str = "float") -> Fitted:
     """Where a schedule begins: at the float kernels, or at GPTQ's."""
     weights: dict[str, dict[str, Array]] = {}
-    for path, _ in given.runner.formats:
+    for path, fmt in given.runner.formats:
         fixed = given.train.fixed[path]
-        if settings.weights == "adaround":
-            weights[path] = {"v": rounding.rounding_start(fixed["w"], fixed["scale"])}
-        elif start == "float":
-            weights[path] = {"w": fixed["w"]}
+        if settings.weights == "adaround" or start == "float":
+            key = jax.random.key(0)
+            weights[path] = fitted_start(settings.weights, fmt, fixed, key, rank=settings.rank)
         else:
             codes = gptq(fixed["w"], given.hessians[path], WEIGHT, scale_dtype=jnp.float32)
             weights[path] = {"w": to_floats(codes)}
-    return Fitted(weights, {})
+    # Schedules use up what they begin with.
+    return Fitted(jax.tree.map(jnp.copy, weights), {})
 
 
 @functools.partial(jax.jit, static_argnames=("runner", "length"), donate_argnames="state")
@@ -187,7 +187,9 @@ def published(
 Advance = Callable[[int, int], Fitted]
 
 
-def schedules(given: Task) -> dict[str, tuple[FitSettings, Advance]]:
+def schedules(
+    given: Task, only: Collection[str] | None = None
+) -> dict[str, tuple[FitSettings, Advance]]:
     """By name the settings, and a function that goes from one iteration on to another."""
     found: dict[str, tuple[FitSettings, Advance]] = {}
     key = jax.random.key(1)
@@ -210,7 +212,7 @@ def schedules(given: Task) -> dict[str, tuple[FitSettings, Advance]]:
             return carry[0].fitted
 
         found[name] = (settings, go)
-    return found
+    return {name: one for name, one in found.items() if not only or name in only}
 
 
 def judge(given: Task, fitted: Fitted) -> dict[str, float]:
@@ -240,7 +242,7 @@ def curve(given: Task, name: str, settings: FitSettings, advance: Advance) -> di
 
 def timed(given: Task, rows: list[dict[str, Any]], rounds: int = 7) -> list[dict[str, Any]]:
     """The rows with seconds: of compiling, of an iteration, and until the published loss."""
-    every = 25
+    every = 10
     programs = schedules(given)
     compile_s, calls = {}, {}
     for name, (_, advance) in programs.items():
@@ -311,13 +313,11 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     given = task()
     if not args.time:
-        new = {}
-        for name, (settings, advance) in schedules(given).items():
-            if not args.only or name in args.only:
-                new[name] = curve(given, name, settings, advance)
-        known = {row["schedule"]: row for row in rows} | new
-        rows = [known[name] for name in ("published 20000", *OURS) if name in known]
-        print(write(NAME, rows, out=args.out))
+        known = {row["schedule"]: row for row in rows}
+        for name, (settings, advance) in schedules(given, args.only).items():
+            known[name] = curve(given, name, settings, advance)
+            rows = [known[name] for name in ("published 20000", *OURS) if name in known]
+            print(write(NAME, rows, out=args.out))
         return
     rows = timed(given, rows)
     plain = ("schedule", "ms_per_iteration", "compile_and_start_s", "s_to_published_loss")

@@ -15,7 +15,8 @@ pictures from the same noise, which was not calibrated on.
 | s2p R=1, R=3 | own, refreshed R - 1 times | the network |
 | s2p R=3, float first | of the float network until the first refresh | the network |
 | + mixed | own | the same, bits by layer at the same mean |
-| + time | own | the same, and time layers tabulated in float |
+| + time | own | the same, and time layers tabulated in float: no bits of theirs to share out |
+| + time, same bytes | own | the same, what the time layers took given to the others |
 
 Latent error is the relative L2 distance of the final latents to the float model's; FD the
 Frechet distance between the pictures' features. Rows already in the result file are kept, so
@@ -64,7 +65,7 @@ def quant(bits: int, act_bits: int, *, time_in_float: bool = False) -> QuantConf
     )
 
 
-def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
+def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ...]:
     """The stages of a row, each with the iterations that its budget allows."""
     data = CalibrationSet(items=ITEMS)
     shared = {"steps": steps, "guidance_scale": GUIDANCE, "data": data, "ranges": "minmax"}
@@ -110,8 +111,10 @@ def stages(row: str, steps: int, bits: float) -> tuple[Stage, ...]:
         return (fitted(3, "float_first"),)
     if row.startswith("s2p"):
         return (fitted(int(row[-1])),)
+    same_bytes = row == "+ time, same bytes"
     mixed = MixedPrecision(
-        mean_bits=bits,
+        mean_bits=None if same_bytes else bits,
+        max_bytes=max_bytes if same_bytes else None,
         choices=(2, 3, 4, 5, 6, 8),
         steps=steps,
         guidance_scale=GUIDANCE,
@@ -135,6 +138,7 @@ ROWS = (
     "s2p R=3, float first",
     "+ mixed",
     "+ time",
+    "+ time, same bytes",
 )
 
 
@@ -231,8 +235,12 @@ def main() -> None:
             if any(what.items() <= one.items() for one in known):
                 continue
             found = found or Judge(pipe, args.images, args.steps)
-            config = quant(bits, act_bits, time_in_float=row == "+ time")
-            recipe = Recipe(quant=config, stages=stages(row, args.steps, bits), name=row)
+            plain = qjax.plan(pipe.params, quant(bits, act_bits)).entries
+            layer_bytes = sum(entry.bytes_after for entry in plain if entry.weight is not None)
+            config = quant(bits, act_bits, time_in_float=row.startswith("+ time"))
+            recipe = Recipe(
+                quant=config, stages=stages(row, args.steps, bits, layer_bytes), name=row
+            )
             events = []
             start = time.perf_counter()
             made = run(pipe, recipe, seed=seed, on_event=events.append)

@@ -5,8 +5,8 @@ AdaRound of 4 bits, of three things, each in turn with what it is compared with:
 - block: a DiT block (width 384, 6 heads, 64 tokens, batch 32; its four linears), as our chunk of
   iterations, as a plain jitted JAX step, and as a PyTorch loop (`_torch_adaround.py`; needs
   torch); and the rate of the same matmuls alone;
-- alike: eight such blocks by one fit, against eight fits; one after the other, under `lax.map`
-  and under `vmap`;
+- alike: an iteration of eight such blocks, one after the other, under `lax.map` and under
+  `vmap`, against eight of one block;
 - conv: a ResNet block (320 channels, 16x16, batch 16) in our chunk, a `lax.scan`, against the
   plain jitted step, with the gradients that JAX writes, outside any loop.
 
@@ -185,43 +185,59 @@ def block_rows() -> list[dict[str, Any]]:
 
 
 def alike_rows() -> list[dict[str, Any]]:
-    """The part `alike`."""
+    """The part `alike`: an iteration of eight blocks, their state kept between calls."""
     made = [dit_block(seed) for seed in range(BLOCKS)]
-    runner, problems, begin = made[0][0], [m[1] for m in made], [m[2] for m in made]
+    runner, problems = made[0][0], [m[1] for m in made]
     keys = list(jax.random.split(jax.random.key(0), BLOCKS))
-    span = (FIRST, FIRST + 1)
-    fit = functools.partial(optimize.fit, settings=SETTINGS, span=span)
+    first = jnp.int32(FIRST)
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    stacked = (stack(problems), stack(begin), jnp.stack(keys))
+    together, key = stack(problems), jnp.stack(keys)
 
-    @jax.jit
-    def mapped(problems: Problem, begin: Fitted, keys: Array) -> Any:
-        def one(args: tuple[Problem, Fitted, Array]) -> Any:
-            problem, fitted, key = args
-            carry = optimize.start_optimizer(fitted, 1, SETTINGS, runner, problem)
-            first = jnp.int32(FIRST)
-            return optimize._chunk(runner, SETTINGS, 1, carry, problem, first, key)[0].fitted
-
-        return jax.lax.map(one, (problems, begin, keys))
-
-    def serial() -> Any:
+    def carries() -> list[optimize.Carry]:
         return [
-            fit(runner, [p], [b], keys=[k]) for p, b, k in zip(problems, begin, keys, strict=True)
+            optimize.start_optimizer(jax.tree.map(jnp.copy, m[2]), 1, SETTINGS, runner, m[1])
+            for m in made
         ]
 
-    def together(yes: bool) -> Any:
-        return fit(runner, problems, begin, keys=keys, together=yes)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def mapped(carry: optimize.Carry, problems: Problem, keys: Array) -> Any:
+        def one(args: tuple[optimize.Carry, Problem, Array]) -> Any:
+            carry, problem, key = args
+            return optimize._chunk(runner, SETTINGS, 1, carry, problem, first, key)
 
-    calls = {
-        "8 fits": serial,
-        "loop": lambda: together(False),
-        "map": lambda: mapped(*stacked),
-        "vmap": lambda: together(True),
-    }
+        return jax.lax.map(one, (carry, problems, keys))
+
+    alone, each = carries()[:1], carries()
+    at_once = {"map": stack(carries()), "vmap": stack(carries())}
+
+    def serial() -> Array:
+        for _ in range(BLOCKS):
+            alone[0], errors = optimize._run_chunk(
+                runner, SETTINGS, 1, alone[0], problems[0], first, keys[0]
+            )
+        return errors
+
+    def loop() -> Array:
+        for i in range(BLOCKS):
+            each[i], errors = optimize._run_chunk(
+                runner, SETTINGS, 1, each[i], problems[i], first, keys[i]
+            )
+        return errors
+
+    def under_map() -> Array:
+        at_once["map"], errors = mapped(at_once["map"], together, key)
+        return errors
+
+    def under_vmap() -> Array:
+        at_once["vmap"], errors = optimize._run_chunks(
+            runner, SETTINGS, 1, at_once["vmap"], together, first, key
+        )
+        return errors
+
     before = optimize._run_chunk._cache_size()
-    jax.block_until_ready(calls["loop"]())
+    jax.block_until_ready(loop())
     programs = optimize._run_chunk._cache_size() - before
-    found = interleaved(calls)
+    calls = {"one block, 8 times": serial, "loop": loop, "map": under_map, "vmap": under_vmap}
     return [
         {
             "part": "alike",
@@ -231,7 +247,7 @@ def alike_rows() -> list[dict[str, Any]]:
             "ratio": one["ratio"],
             "programs_compiled_by_loop": programs,
         }
-        for name, one in found.items()
+        for name, one in interleaved(calls).items()
     ]
 
 

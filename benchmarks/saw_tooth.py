@@ -76,10 +76,14 @@ def main() -> None:
             teeth = rises(found, steps=STEPS)
             rows.append(
                 {
+                    "model": MODEL,
+                    "bits": f"W{BITS}A{ACT_BITS}",
+                    "steps": STEPS,
+                    "batch": BATCH,
                     "order": order,
                     "rate": rate,
                     "rise": float(np.mean(teeth)),
-                    "rise_of_first_epoch": float(teeth[0]),
+                    "rise_by_epoch": [round(value, 4) for value in teeth.tolist()],
                     "highest": float(found.max()),
                     "last": float(found[-1]),
                     "seconds": round(time.perf_counter() - start, 1),

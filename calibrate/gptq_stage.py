@@ -264,6 +264,6 @@ def _rows(module: nn.Module, x: Array, shape: tuple[int, ...]) -> Float[Array, "
         return x.reshape(-1, x.shape[-1])
     strides: Any = getattr(module, "strides", 1)
     stride = strides if isinstance(strides, int) else strides[0]
-    pads = explicit_padding(module.padding, x.shape[1:3], shape[:2], stride)  # type: ignore[attr-defined]
+    pads = explicit_padding(module.padding, x.shape[1:3], shape[:2], stride)
     patches = im2col(pad_image(x, pads, None), (shape[0], shape[1]), stride)
     return patches.reshape(-1, patches.shape[-1])

@@ -20,7 +20,7 @@ def pack_tree(tree: Any) -> dict[str, Array]:
 
 def unpack_tree(arrays: Mapping[str, Array], like: Any) -> Any:
     """The inverse of `pack_tree`, for a pytree of the structure of `like`."""
-    treedef = jax.tree.structure(like)
+    treedef: Any = jax.tree.structure(like)
     return jax.tree.unflatten(treedef, [arrays[str(i)] for i in range(treedef.num_leaves)])
 
 

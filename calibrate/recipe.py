@@ -97,15 +97,16 @@ class Recipe:
         """
         had = {name for stage in self.stages for name in _fields(stage)}
         if unknown := sorted(changes.keys() - had):
-            stages = ", ".join(type(stage).__name__ for stage in self.stages) or "none"
+            names = ", ".join(type(stage).__name__ for stage in self.stages) or "none"
             raise ValueError(
-                f"{self.name} has no stage with {', '.join(unknown)}; its stages are {stages}."
+                f"{self.name} has no stage with {', '.join(unknown)}; its stages are {names}."
             )
+        old: tuple[Any, ...] = self.stages
         stages = tuple(
             dataclasses.replace(
                 stage, **{name: changes[name] for name in _fields(stage) if name in changes}
             )
-            for stage in self.stages
+            for stage in old
         )
         return dataclasses.replace(self, stages=stages)
 

@@ -155,7 +155,7 @@ def unrolled_data(
         columns,
         scale,
     )
-    inputs = (args, {})
+    inputs: Any = (args, {})
     first = jnp.asarray(group[pairs.step], jnp.int32)
     targets = _targets(apply, params, inputs, first, batch)
     return Data(inputs, targets, first)

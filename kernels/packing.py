@@ -92,6 +92,7 @@ def unpack(
         values = values.reshape(*blocks.shape[:-2], block, o)
         stored = values if stored is None else stored | values
         start, shift = start + size, shift + width
+    assert stored is not None  # every width has a plane
     # Signed before the subtraction: where packing stands in the same program, XLA:CPU takes
     # the difference of unsigned bytes to floats without a sign (jax 0.10 to 0.12).
     if bits == 8:

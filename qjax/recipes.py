@@ -17,6 +17,7 @@ layer, directly.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.gptq_stage import GPTQ
@@ -215,7 +216,7 @@ def _q_dit(
         weight=weight,
         reason="adaLN: its input, the conditioning, is one vector for all tokens",
     )
-    shared = {"steps": steps, "guidance_scale": guidance_scale}
+    shared: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
     if data is not None:
         shared["data"] = data
     rounding = GPTQ(**shared)

@@ -269,7 +269,7 @@ def test_settings_outside_their_range_are_refused():
         FitSettings(weights="magic")
     with pytest.raises(ValueError, match="iterations, batch and chunk"):
         FitSettings(iterations=0)
-    with pytest.raises(ValueError, match="drop and warmup"):
+    with pytest.raises(ValueError, match="drop must lie in"):
         FitSettings(drop=1.0)
     with pytest.raises(ValueError, match="samples must be quantized or float"):
         SerialParallelSettings(samples="mine")

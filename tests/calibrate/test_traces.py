@@ -19,9 +19,9 @@ STEPS, ITEMS = 6, 8
 SETTINGS = SerialParallelSettings(
     steps=STEPS, data=CalibrationSet(items=2 * ITEMS), batch=ITEMS, ranges="minmax"
 )
-# At the usual rate of 0.003 these random weights show nothing of it; the zoo's trained ones do
+# At rates of 0.003 or 0.005 these random weights show nothing of it; trained ones do
 # (benchmarks/saw_tooth.py).
-FIT = {"weights": "latent", "weight_rate": 5e-3, "iterations": 2 * STEPS, "batch": ITEMS}
+FIT = {"weights": "latent", "weight_rate": 1e-2, "iterations": 2 * STEPS, "batch": ITEMS}
 
 
 class AfterRollOut:
@@ -61,10 +61,9 @@ def test_the_error_of_step_0_rises_after_its_turn_and_does_not_with_shuffled_ste
         assert (errors[:, 0] == 1.0).all()
         teeth[order] = np.mean([rises(one, steps=STEPS) for one in errors], axis=0)
         last[order] = errors[:, -1].mean()
-    print(teeth, last)
     # Later epochs add less: errors fall, and Adam averages over about ten iterations.
-    assert teeth["serial"][0] > 0.2 and teeth["serial"].mean() > 0
-    assert teeth["shuffled"][0] < 0.05 and last["shuffled"] < last["serial"]
+    assert teeth["serial"][0] > 0.3 and teeth["serial"].mean() > 0.1
+    assert teeth["shuffled"][0] < 0.15 and last["shuffled"] < last["serial"]
 
 
 def test_errors_by_step_are_those_of_each_steps_items_though_no_batch_is_of_one_step(fixed):
