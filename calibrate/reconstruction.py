@@ -37,7 +37,7 @@ from qjax.calibrate.fitted import LayerFormat, Profile, quantize_input, soft_ker
 from qjax.calibrate.simulate import Hook, simulated
 from qjax.core.typing import Apply, Array, Int, Params, PRNGKeyArray
 
-RATES = {"adaround": 1e-2, "lora": 1e-3, "latent": 1e-3, "nearest": 0.0}
+RATES = {"adaround": 3e-2, "lora": 5e-3, "latent": 5e-3, "nearest": 0.0}
 """Learning rates by profile: of `v`, or in steps of the layer's grid."""
 
 
@@ -51,7 +51,7 @@ class FitSettings:
       weights: What is fitted of the weights.
       weight_rate: Adam's learning rate of it, at the start of a cosine decay to a tenth: of `v`
         itself with `adaround`, in mean steps of the layer's grid with `latent` and `lora` (as
-        EfficientDM scales it); None takes 0.01 and 0.001.
+        EfficientDM scales it); None takes 0.03 and 0.005.
       act_rate: Of the logarithms of the inputs' scales; 0 leaves the ranges.
       rank: Of the profile `lora`.
       scaling: `"relative"` or `"absolute"`; the formulas head this file.
@@ -77,7 +77,7 @@ class FitSettings:
     act_rate: float = 1e-3
     rank: int = 32
     scaling: Literal["relative", "absolute"] = "relative"
-    strength: float = 1.0
+    strength: float = 0.1
     warmup: float = 0.2
     drop: float = 0.0
     order: Literal["shuffled", "serial"] = "shuffled"
