@@ -227,6 +227,7 @@ def test_integers_are_those_of_the_floats_that_a_stage_before_has_left(dit, unif
 # With other stages.
 
 
+@pytest.mark.slow
 def test_rounding_is_fitted_at_the_widths_that_were_chosen(dit, uniform, mixed, tmp_path):
     fit = FitSettings(iterations=20, batch=8, chunk=20, weight_rate=3e-2)
     fitting = dataclasses.replace(RANGES, fits="network", pairs=8, fit=fit)
@@ -237,6 +238,7 @@ def test_rounding_is_fitted_at_the_widths_that_were_chosen(dit, uniform, mixed, 
     assert params_digest(found.params) != params_digest(mixed.params)
 
 
+@pytest.mark.slow
 def test_a_unet_is_scored_by_structure_and_features_and_goes_on(unet, tmp_path):
     config = FeatureNetConfig(channels=(4, 6), num_features=3, num_classes=2)
     net = FeatureNet(config).init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]

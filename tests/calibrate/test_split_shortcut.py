@@ -197,6 +197,7 @@ def test_a_rule_that_is_left_nothing_is_left_out(unet):
     assert plan(unet.params, config).bytes_after > 0
 
 
+@pytest.mark.slow
 def test_a_calibrated_pipeline_has_a_range_for_each_part_and_is_saved(unet, tmp_path):
     recipe = Recipe(
         quant=with_split_shortcuts(unet, W4A8, conv1=True),
