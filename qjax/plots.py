@@ -50,9 +50,7 @@ def line_plot(
         axes = figure.subplots()
         for i, (name, points) in enumerate(kept.items()):
             marker = "o" if len(points) < 20 else None
-            axes.plot(
-                *points.T, label=name, linestyle=DASHES[i % len(DASHES)], marker=marker, ms=3
-            )
+            axes.plot(*points.T, label=name, linestyle=DASHES[i % len(DASHES)], marker=marker, ms=3)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
