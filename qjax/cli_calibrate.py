@@ -69,7 +69,7 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     result = saved_words(settings.model, recipe, pipe, settings.out / "final", output, planned)
     plot = save_losses(settings.out)
     if plot is not None:
-        output.say(f"losses: {plot}, from {plot.parent.name}'s log.jsonl of every stage")
+        output.say(f"losses: {plot}")
     fronts = save_fronts(settings.out)
     output.say(*(f"front of the search: {front}" for front in fronts))
     named = [type(stage).__name__ for stage in recipe.stages]

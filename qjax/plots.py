@@ -1,6 +1,7 @@
 """Line plots as SVG files, drawn by matplotlib."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qjax.core.safetensors_io import atomic_write
 
 # Inches; told apart by dash too, so that a plot can be read in grey.
 SIZE = (7.2, 4.0)
+LABEL = 44  # characters of a line beside the y axis
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -51,7 +53,7 @@ def line_plot(
         for i, (name, points) in enumerate(kept.items()):
             marker = "o" if len(points) < 20 else None
             axes.plot(*points.T, label=name, linestyle=DASHES[i % len(DASHES)], marker=marker, ms=3)
-        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.set(title=title, xlabel=x_label, ylabel=textwrap.fill(y_label, LABEL))
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.3)
