@@ -9,10 +9,12 @@ pictures from the same noise, which was not calibrated on.
 |---|---|---|
 | nearest | of the float network | ranges |
 | parallel | of the float network | AdaRound, block by block (Q-Diffusion, TFMQ-DM) |
+| parallel, slower | of the float network | the same with rate 0.01 (0.03) and strength 1 (0.1) |
 | parallel, network | of the float network | the network at once, as in serial-to-parallel |
 | serial | own, online | the network, step after step (EfficientDM) |
 | register | own, online | the network, all steps at once (shift register) |
 | s2p R=1, R=3 | own, refreshed R - 1 times | the network |
+| s2p R=3, faster | own, refreshed twice | the same with rate 0.01 (0.005) |
 | s2p R=3, float first | of the float network until the first refresh | the network |
 | + mixed | own | the same, bits by layer at the same mean |
 | + time | own | the same, and time layers tabulated in float: no bits of theirs to share out |
@@ -28,8 +30,8 @@ import dataclasses
 import json
 import time
 
-import jax
 import numpy as np
+from _judge import Judge
 from _timing import RESULTS, environment
 
 import qjax
@@ -40,12 +42,10 @@ from qjax.calibrate.recipe import Recipe, Stage, run
 from qjax.calibrate.reconstruction import FitSettings
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.time_table import TimePrecalculation
-from qjax.core import metrics
 from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import tree_bytes
 from qjax.core.serialize import flatten
-from qjax.zoo import judge
 
 GUIDANCE = 2.0
 ITEMS, PAIRS, BATCH = 64, 512, 32
@@ -76,11 +76,13 @@ def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ..
     def iterations(spent: float, each: float = BATCH) -> int:
         return int((BUDGET - spent) / each)
 
-    def fitted(rounds: int, samples: str = "quantized") -> SerialParallel:
+    def fitted(
+        rounds: int, samples: str = "quantized", rate: float | None = None
+    ) -> SerialParallel:
         # A roll-out that the float network drives evaluates both.
         rolls = rounds + (samples == "float_first")
         count = iterations(rolls * roll_out + rounds * answers)
-        fit = dataclasses.replace(latent, iterations=count)
+        fit = dataclasses.replace(latent, iterations=count, weight_rate=rate)
         return SerialParallel(
             fits="network", fit=fit, pairs=PAIRS, refreshes=rounds, samples=samples, **shared
         )
@@ -90,8 +92,10 @@ def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ..
     if row.startswith("parallel"):
         # A float-driven roll-out evaluates both networks.
         count = iterations(2 * roll_out + answers)
-        if row == "parallel":
+        if row in ("parallel", "parallel, slower"):
             fit = FitSettings(weights="adaround", batch=BATCH, iterations=count)
+            if row == "parallel, slower":
+                fit = dataclasses.replace(fit, weight_rate=0.01, strength=1.0)
             return (SerialParallel(samples="float", fit=fit, pairs=PAIRS, **shared),)
         fit = dataclasses.replace(latent, iterations=count)
         return (SerialParallel(samples="float", fits="network", fit=fit, pairs=PAIRS, **shared),)
@@ -109,6 +113,8 @@ def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ..
         )
     if row == "s2p R=3, float first":
         return (fitted(3, "float_first"),)
+    if row == "s2p R=3, faster":
+        return (fitted(3, rate=0.01),)
     if row.startswith("s2p"):
         return (fitted(int(row[-1])),)
     same_bytes = row == "+ time, same bytes"
@@ -130,11 +136,13 @@ def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ..
 ROWS = (
     "nearest",
     "parallel",
+    "parallel, slower",
     "parallel, network",
     "serial",
     "register",
     "s2p R=1",
     "s2p R=3",
+    "s2p R=3, faster",
     "s2p R=3, float first",
     "+ mixed",
     "+ time",
@@ -147,34 +155,6 @@ def mean_bits(pipe: qjax.Pipeline) -> float:
     found = [leaf for _, leaf in flatten(pipe.params) if is_qtensor(leaf)]
     sizes = np.asarray([np.prod(leaf.shape) for leaf in found], np.float64)
     return float(np.sum(sizes * [leaf.bits for leaf in found]) / np.sum(sizes))
-
-
-class Judge:
-    """The float model's latents and pictures, and how far others are from them."""
-
-    def __init__(self, pipe: qjax.Pipeline, images: int, steps: int):
-        classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
-        self.settings = {
-            "labels": [i % classes for i in range(images)],
-            "steps": steps,
-            "guidance_scale": GUIDANCE,
-            "key": jax.random.key(EVALUATION_SEED),
-            "batch_size": 64,
-            "output": "latent",
-        }
-        self.latents = np.asarray(pipe(**self.settings))
-        self.images = np.asarray(pipe.images(self.latents))
-        self.features = judge.judge(self.images).features
-
-    def __call__(self, pipe: qjax.Pipeline) -> dict[str, float]:
-        latents = np.asarray(pipe(**self.settings))
-        images = np.asarray(pipe.images(latents))
-        distance = metrics.frechet_distance(judge.judge(images).features, self.features)
-        return {
-            "latent_error": float(metrics.relative_l2(latents, self.latents)),
-            "fd_to_float": float(distance.value),
-            "ssim": float(np.mean(metrics.ssim(images, self.images, data_range=1.0))),
-        }
 
 
 def markdown(rows: list[dict]) -> str:
@@ -234,7 +214,9 @@ def main() -> None:
             }
             if any(what.items() <= one.items() for one in known):
                 continue
-            found = found or Judge(pipe, args.images, args.steps)
+            found = found or Judge(
+                pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED
+            )
             plain = qjax.plan(pipe.params, quant(bits, act_bits)).entries
             layer_bytes = sum(entry.bytes_after for entry in plain if entry.weight is not None)
             config = quant(bits, act_bits, time_in_float=row.startswith("+ time"))
@@ -247,7 +229,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             result = {
                 **what,
-                **found(made),
+                **found(found.draw(made)),
                 "seconds": round(seconds, 1),
                 "forwards": sum(e["forwards"] for e in events if e["event"] == "done"),
                 "mean_bits": round(mean_bits(made), 3),

@@ -29,9 +29,9 @@ import json
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from _judge import Judge
 from _timing import RESULTS, environment
 
 import qjax
@@ -45,7 +45,6 @@ from qjax.calibrate.recipe import Recipe, Stage, run
 from qjax.calibrate.rollout import Items
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.student import Student
-from qjax.core import metrics
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.plan import Axes
 from qjax.core.quantize import tree_bytes
@@ -130,27 +129,8 @@ def stages(row: str, args: argparse.Namespace) -> tuple[Stage, ...]:
     )
 
 
-class Judge:
-    """The float model's latents and pictures, and how far others are from them."""
-
-    def __init__(self, pipe: qjax.Pipeline, images: int, steps: int):
-        classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
-        self.pipe, self.steps = pipe, steps
-        self.settings = {
-            "labels": [i % classes for i in range(images)],
-            "steps": steps,
-            "guidance_scale": GUIDANCE,
-            "key": jax.random.key(EVALUATION_SEED),
-            "batch_size": 64,
-            "output": "latent",
-        }
-        self.latents = self.draw(pipe)
-        self.images = np.asarray(pipe.images(self.latents))
-        self.features = judge.judge(self.images).features
-
-    def draw(self, pipe: qjax.Pipeline) -> np.ndarray:
-        """The final latents of a pipeline on the noise of the evaluation."""
-        return np.asarray(pipe(**self.settings))
+class SearchJudge(Judge):
+    """Draws with ranges of samples, too."""
 
     def draw_with_ranges_of_samples(self, pipe: qjax.Pipeline) -> np.ndarray:
         """The same with ranges shared by all tokens of a picture, simulated in float."""
@@ -179,17 +159,6 @@ class Judge:
             batch=64,
         )
         return np.concatenate([part[0] for part in parts])
-
-    def __call__(self, latents: np.ndarray) -> dict[str, float]:
-        """Distances of latents and of their pictures."""
-        images = np.asarray(self.pipe.images(latents))
-        features = judge.judge(images).features
-        return {
-            "latent_error": float(metrics.relative_l2(latents, self.latents)),
-            "fd_to_float": metrics.frechet_distance(features, self.features).value,
-            "fd_to_real": metrics.frechet_distance(features, judge.real_statistics()).value,
-            "ssim": float(np.mean(metrics.ssim(images, self.images, data_range=1.0))),
-        }
 
 
 def main() -> None:
@@ -233,7 +202,14 @@ def main() -> None:
                     }
                 if any(what.items() <= one.items() for one in known):
                     continue
-                judged = judged or Judge(pipe, args.images, args.steps)
+                judged = judged or SearchJudge(
+                    pipe,
+                    args.images,
+                    args.steps,
+                    guidance_scale=GUIDANCE,
+                    seed=EVALUATION_SEED,
+                    to_real=True,
+                )
                 config = quant(row, bits, act_bits, args.group)
                 recipe = Recipe(quant=config, stages=stages(row, args), name=row)
                 out = None

@@ -6,6 +6,7 @@ ends with the same bits. A fit online is one part, as its samples move with it.
 """
 
 import dataclasses
+import functools
 import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -28,7 +29,14 @@ from qjax.calibrate.parts import (
     unpack_tree,
 )
 from qjax.calibrate.ranges import to_fitted, to_rows
-from qjax.calibrate.reconstruction import FitSettings, Fitted, Problem, Runner, mean_error
+from qjax.calibrate.reconstruction import (
+    FitSettings,
+    Fitted,
+    Problem,
+    Runner,
+    mean_error,
+    nearest,
+)
 from qjax.calibrate.register import Register, fit_online, lanes
 from qjax.calibrate.rollout import Buffer, Items, Network, roll_out, shared_steps, staleness
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
@@ -213,32 +221,41 @@ class Calibration:
 
     def fit_blocks(self, samples: list[Samples], refresh: int, fit: FitSettings) -> None:
         """The parallel phase, block after block in the order of execution."""
+        blocks = self._blocks(samples)
+        for number, (block, runner, data) in enumerate(blocks):
+            if _within_block(fit, block).only == _NOTHING and fit.act_rate == 0:
+                continue  # nothing of it is fitted
+            name = f"refresh-{refresh}-block-{number}"
+            self._fit(name, block, runner, data, refresh, number, fit, of=len(blocks))
+        self.forwards += len(samples) * len(samples[0].t) + self._evaluations(refresh, fit)
+
+    def _blocks(self, samples: list[Samples]) -> list[tuple[Block, Runner, Callable[[], Data]]]:
+        """The blocks in the order of execution, each with its program and a function that
+        collects its data from the student as it then is."""
         first = samples[0]
         blocks = self.student.blocks(first.x_t, first.t, first.told)
         groups: Groups = alike(blocks)
         place = {block: (g, i) for g, group in enumerate(groups) for i, block in enumerate(group)}
         teacher = (self.teacher.apply, self.teacher.params)
-        for number, block in enumerate(blocks):
+
+        def data_of(g: int, i: int) -> Data:
+            return collect(
+                self.student,
+                teacher,
+                groups,
+                {g: i},
+                samples,
+                self.tables,
+                memory_gib=self.settings.memory_gib,
+            )[g]
+
+        found: list[tuple[Block, Runner, Callable[[], Data]]] = []
+        for block in blocks:
             g, i = place[block]
-
-            def data(g: int = g, i: int = i) -> Data:
-                return collect(
-                    self.student,
-                    teacher,
-                    groups,
-                    {g: i},
-                    samples,
-                    self.tables,
-                    memory_gib=self.settings.memory_gib,
-                )[g]
-
-            if _within_block(fit, block).only == _NOTHING and fit.act_rate == 0:
-                continue  # nothing of it is fitted
             # One program for alike blocks: the first one's module stands for all.
             runner = self.student.runner(groups[g][0])
-            name = f"refresh-{refresh}-block-{number}"
-            self._fit(name, block, runner, data, refresh, number, fit, of=len(blocks))
-        self.forwards += len(samples) * len(first.t) + self._evaluations(refresh, fit)
+            found.append((block, runner, functools.partial(data_of, g, i)))
+        return found
 
     def fit_network(self, buffer: Buffer, pairs: Pairs, refresh: int, fit: FitSettings) -> None:
         """The parallel phase on the answer of the whole network, or on later samples."""
@@ -300,7 +317,7 @@ class Calibration:
             problem, begin, key = self._begin(block, register.runner, 0, 0, fit)
             slots_now = register.fill(problem, begin)
             data = register.data(slots_now, teacher)
-            problem = self._with_data(register.runner, problem, begin, block, data, fit)
+            problem = self._with_data(register.runner, problem, begin, data, fit)
             groups = int(self.group[-1]) + 1
             state = optimize.start_optimizer(
                 jax.tree.map(jnp.copy, begin), groups, fit, register.runner, problem
@@ -395,20 +412,12 @@ class Calibration:
         runner: Runner,
         problem: Problem,
         begin: Fitted,
-        block: Block,
         data: Data,
         fit: FitSettings,
     ) -> Problem:
         """The problem with its data, and `E_0`, the error of rounding to nearest."""
         problem = problem._replace(args=data.inputs, target=data.target, group=data.group)
-        nearest = Fitted(
-            {
-                layer: nearest_weights(problem.fixed[layer], begin.weights[layer])
-                for layer in block.layers
-            },
-            begin.acts,
-        )
-        baseline = mean_error(runner, problem, nearest, batch=fit.batch)
+        baseline = mean_error(runner, problem, nearest(problem, begin), batch=fit.batch)
         return problem._replace(baseline=jnp.maximum(baseline, 1e-12))
 
     def _fit(
@@ -429,7 +438,7 @@ class Calibration:
 
         def make() -> dict[str, Array]:
             problem, begin, key = self._begin(block, runner, refresh, number, fit)
-            problem = self._with_data(runner, problem, begin, block, data(), fit)
+            problem = self._with_data(runner, problem, begin, data(), fit)
             fitted, errors = self._iterate(
                 name, block, runner, problem, begin, key, refresh, fit, cost
             )

@@ -75,13 +75,17 @@ def samples_at(
     """
     x_t = jnp.asarray(buffer.x_t[pairs.step, pairs.item])
     times, groups = jnp.asarray(t[pairs.step]), jnp.asarray(group[pairs.step])
-    told = jax.tree.map(lambda a: a[pairs.item], items.told)
-    if items.null is None:
-        return Samples(x_t, times, told, groups)
-    null = jax.tree.map(lambda a: a[pairs.item], items.null)
+    told, null = jax.tree.map(lambda a: a[pairs.item], (items.told, items.null))
+    return with_null_half(Samples(x_t, times, told, groups), null)
+
+
+def with_null_half(samples: Samples, null: Any) -> Samples:
+    """The samples, and after them the same with the null half; as they are if that is None."""
+    if null is None:
+        return samples
     twice = lambda a: jnp.concatenate([a, a])
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), told, null)
-    return Samples(twice(x_t), twice(times), both, twice(groups))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), samples.told, null)
+    return Samples(twice(samples.x_t), twice(samples.t), both, twice(samples.group))
 
 
 def quantizing(formats: Mapping[str, LayerFormat], tables: Tables, group: Array) -> Any:

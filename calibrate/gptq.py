@@ -122,7 +122,7 @@ def gptq(
     aligned = group_size is not None and settings.refresh == "aligned" and fixed is None
     block = group_size if aligned and group_size is not None else min(settings.block, inputs)
     codes, scales, zeros = _round_in_order(
-        w[order], upper, fixed, grid, spec, group_size, block, scale_dtype
+        w[order], upper, fixed, spec, group_size, block, scale_dtype
     )
     codes = jnp.zeros_like(codes).at[order].set(codes)
     if fixed is not None:
@@ -142,7 +142,7 @@ def _grid(
     return found.scale, zero if found.zero_point is None else found.zero_point
 
 
-def _round_in_order(w, upper, fixed, grid, spec, group_size, block, scale_dtype):
+def _round_in_order(w, upper, fixed, spec, group_size, block, scale_dtype):
     """Codes of every row in the order given, and the scale and zero point each was given."""
     inputs, outputs = w.shape
     blocks = -(-inputs // block)
@@ -157,16 +157,11 @@ def _round_in_order(w, upper, fixed, grid, spec, group_size, block, scale_dtype)
     if fixed is not None:
         fixed = tuple(jnp.pad(a, ((0, pad), (0, 0)), constant_values=1) for a in fixed)
 
-    def refreshed(state: _Block, whole: Array, at: Array) -> tuple[Array, Array]:
+    def refreshed(whole: Array, at: Array) -> tuple[Array, Array]:
         """The grid of the group that begins at row `at` of the kernel so far."""
         rows = jax.lax.dynamic_slice_in_dim(whole, at, one, axis=0)
-        scale, zero = _grid(
-            rows,
-            dataclasses.replace(spec, granularity="per_channel", group_size=None),
-            None,
-            scale_dtype,
-        )
-        return scale, zero
+        alone = dataclasses.replace(spec, granularity="per_channel", group_size=None)
+        return _grid(rows, alone, None, scale_dtype)
 
     def per_block(state: _Block, number: Array):
         first = number * block
@@ -183,7 +178,7 @@ def _round_in_order(w, upper, fixed, grid, spec, group_size, block, scale_dtype)
             else:
                 scale, zero = jax.lax.cond(
                     at % one == 0,
-                    lambda: refreshed(state, state.w, at),
+                    lambda: refreshed(state.w, at),
                     lambda: (scale, zero),
                 )
             row = jax.lax.dynamic_slice_in_dim(here, j, 1, axis=0)

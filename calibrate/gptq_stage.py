@@ -15,16 +15,17 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from qjax.calibrate.blocks import Block, alike
+from qjax.calibrate.blocks import Block
 from qjax.calibrate.calibration import Calibration
-from qjax.calibrate.collect import Data, Samples, collect
+from qjax.calibrate.collect import Data, Samples
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.fitted import quantize_input
 from qjax.calibrate.gptq import GPTQSettings, gptq, output_error
@@ -105,44 +106,30 @@ class _Run(Calibration):
     stage: GPTQ
 
     def fit_blocks(self, samples: list[Samples], refresh: int, fit: FitSettings) -> None:
-        first = samples[0]
-        blocks = self.student.blocks(first.x_t, first.t, first.told)
-        groups = alike(blocks)
-        place = {block: (g, i) for g, group in enumerate(groups) for i, block in enumerate(group)}
-        teacher = (self.teacher.apply, self.teacher.params)
-        for number, block in enumerate(blocks):
-            g, i = place[block]
-
-            def make(block: Block = block, g: int = g, i: int = i) -> dict[str, Array]:
-                data = collect(
-                    self.student,
-                    teacher,
-                    groups,
-                    {g: i},
-                    samples,
-                    self.tables,
-                    memory_gib=self.settings.memory_gib,
-                )[g]
-                return self._round(block, self.student.runner(groups[g][0]), data)
-
+        blocks = self._blocks(samples)
+        for number, (block, runner, data) in enumerate(blocks):
+            make = functools.partial(self._round, block, runner, data)
             part = self.work.part(f"block-{number}", make)
             found: dict[str, QTensor] = {}
             for layer in block.layers:
                 if f"{layer}:codes" in part:
-                    like = self.student.kernels[block.absolute(layer)]
-                    zero = part.get(f"{layer}:zero_point")
-                    found[block.absolute(layer)] = from_codes(
+                    path = block.absolute(layer)
+                    like = self.student.kernels[path]
+                    found[path] = from_codes(
                         part[f"{layer}:codes"],
                         part[f"{layer}:scale"],
-                        zero,
+                        part.get(f"{layer}:zero_point"),
                         like=like,
                         layout=like.layout,
                     )
             self.student = self.student.with_codes(found)
             self.work.log("rounded", block=block.path, share=round((number + 1) / len(blocks), 4))
-        self.forwards += 2 * len(blocks) * len(samples) * len(first.t)
+        self.forwards += 2 * len(blocks) * len(samples) * len(samples[0].t)
 
-    def _round(self, block: Block, runner: Runner, data: Data) -> dict[str, Array]:
+    def _round(
+        self, block: Block, runner: Runner, collected: Callable[[], Data]
+    ) -> dict[str, Array]:
+        data = collected()
         fixed = self.student.fixed(block)
         params = self.student.block_params(block, fixed)
         acts = {
@@ -199,10 +186,7 @@ class _Run(Calibration):
 
 def _inputs(shape: tuple[int, ...]) -> int:
     """Rows of a kernel read as a matrix."""
-    inputs = 1
-    for size in shape[:-1]:
-        inputs *= size
-    return inputs
+    return math.prod(shape[:-1])
 
 
 def layer_hessians(

@@ -33,7 +33,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qjax.calibrate import rounding
-from qjax.calibrate.fitted import LayerFormat, Profile, quantize_input, soft_kernel, with_kernels
+from qjax.calibrate.fitted import (
+    LayerFormat,
+    Profile,
+    nearest_weights,
+    quantize_input,
+    soft_kernel,
+    with_kernels,
+)
 from qjax.calibrate.simulate import Hook, simulated
 from qjax.core.typing import Apply, Array, Int, Params, PRNGKeyArray
 
@@ -145,6 +152,12 @@ class Fitted(NamedTuple):
 
     weights: dict[str, dict[str, Array]]
     acts: dict[str, dict[str, Array]]
+
+
+def nearest(problem: Problem, begin: Fitted) -> Fitted:
+    """Fitted arrays that stand for rounding to nearest, of the structure of `begin`."""
+    weights = {path: nearest_weights(problem.fixed[path], w) for path, w in begin.weights.items()}
+    return Fitted(weights, begin.acts)
 
 
 Quantizing = Callable[[Int[Array, " b"]], Callable[[str, nn.Module, Array], Array]]

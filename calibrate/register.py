@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibrate.collect import Data, Samples, collect_whole
-from qjax.calibrate.fitted import quantize_input, with_kernels
+from qjax.calibrate.collect import Data, Samples, collect_whole, quantizing, with_null_half
+from qjax.calibrate.fitted import with_kernels
 from qjax.calibrate.reconstruction import Fitted, Problem, Runner, soft_kernels
 from qjax.calibrate.rollout import Items, Network
 from qjax.calibrate.simulate import simulated
@@ -154,32 +154,19 @@ class Register:
         x_t = jnp.concatenate([slot.x_t for slot in slots])
         t = jnp.asarray(np.asarray(self.rows["t"])[step])
         group = jnp.asarray(self.group[step])
-        told = jax.tree.map(join, *(slot.items.told for slot in slots))
-        if slots[0].items.null is None:
-            return collect_whole(teacher, [Samples(x_t, t, told, group)])
-        null = jax.tree.map(join, *(slot.items.null for slot in slots))
-        twice = lambda a: jnp.concatenate([a, a])
-        both = jax.tree.map(join, told, null)
-        return collect_whole(teacher, [Samples(twice(x_t), twice(t), both, twice(group))])
+        told, null = jax.tree.map(join, *((slot.items.told, slot.items.null) for slot in slots))
+        return collect_whole(teacher, [with_null_half(Samples(x_t, t, told, group), null)])
 
 
 @functools.partial(jax.jit, static_argnames=("network", "runner"))
 def _move(
     network, runner, params, fixed, fitted, x_t, state, items: Items, row, step, group, scale
 ):
-    formats = dict(runner.formats)
     b = x_t.shape[0] * (1 if items.null is None else 2)
     groups = jnp.broadcast_to(group, (b,))
 
-    def hook(path: str, module: Any, x: Array) -> Array:
-        fmt = formats.get(path)
-        if fmt is None or fmt.act is None:
-            return x
-        rows = jax.tree.map(lambda table: table[groups], fitted.acts.get(path))
-        return quantize_input(x, fmt.act, module, rows)
-
     kernels = soft_kernels(runner, params, fixed, fitted)
-    with simulated(hook):
+    with simulated(quantizing(dict(runner.formats), fitted.acts, groups)):
         prediction = guided_prediction(
             network.apply,
             {"params": with_kernels(params, kernels)},

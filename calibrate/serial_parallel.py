@@ -11,7 +11,8 @@ about it is not public, and this is a reconstruction of ours, which the document
    a step of that roll-out, the float network on the same samples being the aim: block by
    block, or the whole network at once (`optimize.py`).
 
-At the end weights are integers, and a last roll-out fits the ranges for them. Other readings of
+At the end weights are integers; ranges stay as they were learned, or where they were not a last
+roll-out finds them. Other readings of
 the abstract, and the methods that it improves on, are settings:
 
 | settings | what it is |

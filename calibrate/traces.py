@@ -17,9 +17,15 @@ import numpy as np
 from qjax.calibrate import rounding
 from qjax.calibrate.calibration import Calibration
 from qjax.calibrate.collect import Pairs, collect_whole
-from qjax.calibrate.fitted import nearest_weights
 from qjax.calibrate.optimize import go_on, groups_of, start_optimizer
-from qjax.calibrate.reconstruction import FitSettings, Fitted, Problem, Runner, output
+from qjax.calibrate.reconstruction import (
+    FitSettings,
+    Fitted,
+    Problem,
+    Runner,
+    nearest,
+    output,
+)
 from qjax.calibrate.rollout import Buffer
 from qjax.core.typing import Array, Float, PRNGKeyArray
 
@@ -79,11 +85,7 @@ def trace(
     settings = dataclasses.replace(settings, chunk=1)
     groups = groups_of(problem, begin)
     errors = functools.partial(errors_by_step, groups=groups, batch=settings.batch)
-    nearest = Fitted(
-        {path: nearest_weights(problem.fixed[path], one) for path, one in begin.weights.items()},
-        begin.acts,
-    )
-    base = np.asarray(errors(runner, held_out, nearest))
+    base = np.asarray(errors(runner, held_out, nearest(problem, begin)))
     found = [np.asarray(errors(runner, held_out, begin))]
     carry = start_optimizer(jax.tree.map(jnp.copy, begin), groups, settings, runner, problem)
     for done in range(settings.iterations):

@@ -21,7 +21,7 @@ from qjax.cli_models import (
     require_free,
     saved_words,
 )
-from qjax.cli_options import Command, Option, real, text, whole
+from qjax.cli_options import Command, Option, path, real, text, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.models.pipeline import Pipeline
@@ -175,7 +175,7 @@ COMMANDS = (
             LABELS,
             Option(
                 name="prompts",
-                read=lambda value: Path(text(value)).expanduser(),
+                read=path,
                 metavar="FILE",
                 help="texts to calibrate on, one a line, for models that read prompts",
             ),

@@ -1,4 +1,4 @@
-"""Strict dtype promotion and one thread of torch for every test, quick compilation, a key."""
+"""Strict dtype promotion and one thread of torch for every test, and what several files use."""
 
 import os
 
@@ -6,7 +6,9 @@ import os
 # another take many times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import collections
 import gc
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -37,3 +39,43 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; gives exit status, stdout and stderr."""
+
+    from qjax import cli
+
+    def run(*words):
+        status = cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def products():
+    """`products(function, *args)`: the matmuls and convolutions of a program, counted."""
+
+    def products(function, *args):
+        """Every dot and convolution of a program, inner ones too: (name, dtypes in and out)."""
+        found = collections.Counter()
+
+        def walk(jaxpr):
+            for eqn in jaxpr.eqns:
+                if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+                    dtypes = (*(v.aval.dtype for v in eqn.invars), eqn.outvars[0].aval.dtype)
+                    found[eqn.primitive.name, tuple(map(str, dtypes))] += 1
+                for value in jax.tree.leaves(
+                    list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+                ):
+                    inner = getattr(value, "jaxpr", value)
+                    if hasattr(inner, "eqns"):
+                        walk(inner)
+
+        walk(jax.make_jaxpr(function)(*args).jaxpr)
+        return found
+
+    return products

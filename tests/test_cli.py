@@ -32,18 +32,6 @@ from qjax.models.lora_pipeline import lora_tables
 MODEL = "fashion-dit"
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command line; gives exit status, stdout and stderr."""
-
-    def run(*words):
-        status = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder that `qjax quantize` wrote."""

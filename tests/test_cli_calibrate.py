@@ -1,31 +1,18 @@
 """`qjax calibrate`: it fits and saves, tells of its progress, and says what it lacks in one line."""
 
 import json
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import jax
 import pytest
 
 import qjax
-from qjax import cli, cli_calibrate
+from qjax import cli_calibrate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODEL = "fashion-dit"
 S2P = ("calibrate", MODEL, "--recipe", "s2p_w4a8")
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command line; gives exit status, stdout and stderr."""
-
-    def run(*words):
-        status = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run
 
 
 def test_it_fits_saves_and_plots(run, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from qjax.calibrate.recipe import quantize_pipeline
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
+from qjax.core.metrics import relative_l2
 from qjax.models.denoisers import abstract_params, build_denoiser
 from qjax.models.dit import DiTConfig
 from qjax.models.pipeline import Pipeline, Source
@@ -83,6 +84,25 @@ def unet() -> Pipeline:
 @pytest.fixture(scope="session")
 def quantize():
     return quantized
+
+
+@pytest.fixture(scope="session")
+def error():
+    """`error(pipe, other)`: same-seed error of the final latents, 3 guided steps, 3 classes, on
+    noise that nothing was calibrated on."""
+
+    def error(pipe: Pipeline, other: Pipeline) -> float:
+        settings = {
+            "steps": 3,
+            "guidance_scale": 2.0,
+            "output": "latent",
+            "key": jax.random.key(99),
+        }
+        labels = np.arange(32) % 3
+        a, b = (np.asarray(p(labels=labels, **settings)) for p in (pipe, other))
+        return relative_l2(b, a)
+
+    return error
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from qjax.calibrate.reconstruction import FitSettings
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.work import Work
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
-from qjax.core.metrics import relative_l2
 from qjax.core.plan import PlanEntry
 from qjax.core.quantize import plan
 from qjax.core.safetensors_io import write_tensors
@@ -58,14 +57,6 @@ def mean_bits(pipe) -> float:
     return sum(q.size * q.bits for q in kernels) / sum(q.size for q in kernels)
 
 
-def error(pipe, other) -> float:
-    """Same-seed error of the final latents, on noise that was not measured on."""
-    settings = {"steps": 3, "guidance_scale": 2.0, "output": "latent", "key": jax.random.key(99)}
-    labels = np.arange(32) % 3
-    a, b = (np.asarray(p(labels=labels, **settings)) for p in (pipe, other))
-    return relative_l2(b, a)
-
-
 @pytest.fixture(scope="module")
 def uniform(dit, quantize):
     return quantize(dit, bits=4, act=None)
@@ -81,7 +72,7 @@ def mixed(dit, uniform, log):
     return run(dit, recipe_of(uniform), seed=1, on_event=log.append)
 
 
-def test_at_equal_mean_bits_there_is_less_noise(dit, uniform, mixed, log):
+def test_at_equal_mean_bits_there_is_less_noise(dit, uniform, mixed, log, error):
     at_4 = [10 ** (-e["sqnr"] / 10) for e in log if e["event"] == "sensitivity" and e["bits"] == 4]
     (said,) = [e for e in log if e["event"] == "allocation"]
     assert len(at_4) == len(widths(uniform))
@@ -122,7 +113,7 @@ def test_what_is_in_float_stays_so_and_formats_stay_but_for_their_width(dit, qua
         assert q.bits in (3, 8)
 
 
-def test_choices_above_the_bits_of_all_only_protect(dit, uniform):
+def test_choices_above_the_bits_of_all_only_protect(dit, uniform, error):
     stage = dataclasses.replace(STAGE, choices=(4, 8), mean_bits=4.5)
     state = stage.run(State(teacher=dit, student=uniform), jax.random.key(1), Work())
     found = state.student

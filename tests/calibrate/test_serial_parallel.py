@@ -14,7 +14,6 @@ from qjax.calibrate.reconstruction import FitSettings
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.work import Work
 from qjax.core.config import QuantConfig, WeightSpec
-from qjax.core.metrics import relative_l2
 from qjax.core.serialize import params_digest
 from qjax.models.loading import load_pipeline
 
@@ -35,14 +34,6 @@ def recipe_of(pipe, **changes) -> Recipe:
     return Recipe(quant=pipe.quant, stages=(dataclasses.replace(STAGE, **changes),), name="s2p")
 
 
-def error(pipe, other) -> float:
-    """Same-seed error of the final latents, on noise that was not calibrated on."""
-    settings = {"steps": 3, "guidance_scale": 2.0, "output": "latent", "key": jax.random.key(99)}
-    labels = np.arange(32) % 3
-    a, b = (np.asarray(p(labels=labels, **settings)) for p in (pipe, other))
-    return relative_l2(b, a)
-
-
 @pytest.fixture(scope="module")
 def student(dit, quantize):
     return quantize(dit, bits=3)
@@ -58,17 +49,17 @@ def ranges_only(dit, student):
     return run(dit, recipe_of(student, fits="ranges"), seed=1)
 
 
-def test_fitting_blocks_lowers_the_error_of_new_samples(dit, fitted, ranges_only):
+def test_fitting_blocks_lowers_the_error_of_new_samples(dit, fitted, ranges_only, error):
     assert error(dit, fitted) < 0.9 * error(dit, ranges_only)
 
 
-def test_fitting_the_network_lowers_it_too(dit, student, ranges_only):
+def test_fitting_the_network_lowers_it_too(dit, student, ranges_only, error):
     fit = dataclasses.replace(STAGE.fit, iterations=200)
     whole = run(dit, recipe_of(student, fits="network", refreshes=2, fit=fit), seed=1)
     assert error(dit, whole) < 0.99 * error(dit, ranges_only)
 
 
-def test_at_8_bits_nothing_gets_worse(dit, quantize):
+def test_at_8_bits_nothing_gets_worse(dit, quantize, error):
     student = quantize(dit, bits=8)
     before = run(dit, recipe_of(student, fits="ranges"), seed=1)
     after = run(dit, recipe_of(student), seed=1)
@@ -162,7 +153,7 @@ def test_steps_that_share_a_range_share_a_row(dit, student):
         assert len(set(np.asarray(leaf).tolist())) == 1
 
 
-def test_the_same_recipe_in_another_profile_runs(dit, student, ranges_only):
+def test_the_same_recipe_in_another_profile_runs(dit, student, ranges_only, error):
     latent = FitSettings(iterations=60, batch=16, chunk=20, weights="latent", weight_rate=3e-3)
     assert error(dit, run(dit, recipe_of(student, fit=latent), seed=1)) < error(dit, ranges_only)
 

@@ -80,26 +80,6 @@ def low_bit(params, images):
         return Net().apply({"params": params}, images)
 
 
-def dot_dtypes(function, *args):
-    """Operand and result dtypes of every dot_general in the program, inner ones included."""
-    found = []
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                dtypes = (*(v.aval.dtype for v in eqn.invars), eqn.outvars[0].aval.dtype)
-                found.append(tuple(str(dtype) for dtype in dtypes))
-            for value in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-            ):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    walk(inner)
-
-    walk(jax.make_jaxpr(function)(*args).jaxpr)
-    return found
-
-
 def relative(y, reference):
     return float(jnp.linalg.norm(y - reference) / jnp.linalg.norm(reference))
 
@@ -259,7 +239,9 @@ def test_boxes_nest_in_partitioned(images):
 
 
 @pytest.mark.parametrize("weight", [W8, W4], ids=["w8a8", "w4a8"])
-def test_interception_computes_in_int8_within_the_error_of_the_activations(images, weight):
+def test_interception_computes_in_int8_within_the_error_of_the_activations(
+    images, weight, products
+):
     qparams = quantized(weight, A8)
     with linen.intercept() as log:
         y = jax.jit(Net().apply)({"params": qparams}, images)
@@ -270,10 +252,15 @@ def test_interception_computes_in_int8_within_the_error_of_the_activations(image
         if is_qtensor(leaf)
     )
     assert {outcome for _, outcome in log.layers} == {"low-bit"}
-    dtypes = dot_dtypes(low_bit, qparams, images)
+    dots = lambda function: [
+        dtypes
+        for (name, dtypes), count in products(function, qparams, images).items()
+        for _ in range(count if name == "dot_general" else 0)
+    ]
+    dtypes = dots(low_bit)
     integer = [dtype for dtype in dtypes if dtype[0] == "int8"]
     assert len(integer) >= 7 and {dtype[2] for dtype in integer} == {"int32"}
-    assert not any(dtype[0] == "int8" for dtype in dot_dtypes(apply, qparams, images))
+    assert not any(dtype[0] == "int8" for dtype in dots(apply))
     error = relative(y, apply(qparams, images))
     assert 0 < error < 0.03  # eight layers of dynamic A8, each about 0.5 %
     np.testing.assert_allclose(low_bit(qparams, images), y, rtol=1e-2, atol=1e-2)

@@ -62,26 +62,6 @@ AUTOENCODER = AutoencoderKLConfig(
 )
 
 
-def products(function, *args):
-    """Every dot and convolution of a program, inner ones too: (name, dtypes in and out)."""
-    found = collections.Counter()
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-                dtypes = (*(v.aval.dtype for v in eqn.invars), eqn.outvars[0].aval.dtype)
-                found[eqn.primitive.name, tuple(map(str, dtypes))] += 1
-            for value in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-            ):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    walk(inner)
-
-    walk(jax.make_jaxpr(function)(*args).jaxpr)
-    return found
-
-
 def assert_int8_wherever_quantized(found, entries):
     """One int8 product for every quantized layer; in float those left, and attention's two."""
     layers = [entry for entry in entries if entry.kind != "other"]
@@ -106,7 +86,7 @@ def inputs_of(config):
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_every_quantized_layer_of_a_denoiser_multiplies_in_int8(name):
+def test_every_quantized_layer_of_a_denoiser_multiplies_in_int8(name, products):
     config = DENOISERS[name].to_diffusers()
     denoiser = build_denoiser(config["_class_name"], config)
     params = abstract_params(denoiser)
@@ -119,7 +99,7 @@ def test_every_quantized_layer_of_a_denoiser_multiplies_in_int8(name):
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
-def test_every_quantized_layer_of_an_autoencoder_multiplies_in_int8(half):
+def test_every_quantized_layer_of_an_autoencoder_multiplies_in_int8(half, products):
     config = AUTOENCODER.to_diffusers()
     kind = build_component(config["_class_name"], config)
     params = abstract_params(kind)
