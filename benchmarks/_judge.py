@@ -17,6 +17,7 @@ class Judge:
       steps: Steps of the sampler.
       guidance_scale: Weight of the guidance.
       seed: Of the noise.
+      eta: Share of fresh noise a step.
       to_real: Whether the distance to the real test set is told, too.
     """
 
@@ -28,6 +29,7 @@ class Judge:
         *,
         guidance_scale: float,
         seed: int,
+        eta: float = 0.0,
         to_real: bool = False,
     ):
         classes = pipe.num_labels - (pipe.null_label == pipe.num_labels - 1)
@@ -35,6 +37,7 @@ class Judge:
         self.settings = {
             "labels": [i % classes for i in range(images)],
             "steps": steps,
+            "eta": eta,
             "guidance_scale": guidance_scale,
             "key": jax.random.key(seed),
             "batch_size": 64,

@@ -6,7 +6,8 @@ Every entry of a step table says in its key what it was fitted for. For another 
 |---|---|---|
 | `"time"` | timesteps | computed again from the float time layers |
 | `"quant"` | timesteps | resampled: each new step takes the row nearest in log-SNR |
-| any other | all of its key | left out, with a warning: it has to be fitted again |
+| `"noise_correction"` | all of its key | left out, with a warning: it has to be fitted again, which `calibrate.noise_correction.refit` does |
+| any other | all of its key | left out, with a warning |
 
 An entry that suits the run is kept as it is. How near two steps are is told by
 `log(alpha_bar / (1 - alpha_bar))`, for what a network sees is set by the noise and not by t.
@@ -15,7 +16,7 @@ An entry that suits the run is kept as it is. How near two steps are is told by
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +39,15 @@ from qjax.models.time_table import (
     time_table,
 )
 
-__all__ = ["Keep", "network_of", "precalculate_time", "resample_rows", "retarget"]
+__all__ = [
+    "Fate",
+    "Keep",
+    "network_of",
+    "precalculate_time",
+    "resample_rows",
+    "retarget",
+    "retargeted",
+]
 
 Keep = Literal["float16", "float32"]
 """The dtype in which float time layers are kept."""
@@ -117,30 +126,72 @@ def retarget(
       ValueError: If the float time layers are not at hand, or activation ranges were fitted
         for what cannot be resampled: another prediction type, or other weights.
     """
+    made, fates = retargeted(pipe, steps=steps, eta=eta, guidance_scale=guidance_scale)
+    if lost := [f"{name!r} ({fate.reason})" for name, fate in fates.items() if fate.lost]:
+        warnings.warn(
+            f"retarget left out what was fitted for another run: {'; '.join(lost)}. Fit it again "
+            "by calibrating at these settings.",
+            stacklevel=3,
+        )
+    return made
+
+
+class Fate(NamedTuple):
+    """What became of an entry.
+
+    Attributes:
+      what: `"kept"`, `"computed again"`, `"resampled"` or `"left out"`.
+      reason: What differed; empty where it was kept.
+    """
+
+    what: str
+    reason: str = ""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is no more in the table."""
+        return self.what == "left out"
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.reason})" if self.reason else self.what
+
+
+def retargeted(
+    pipe: Pipeline, *, steps: int, eta: float | None = None, guidance_scale: float | None = None
+) -> tuple[Pipeline, dict[str, Fate]]:
+    """`retarget`, without its warning: the pipeline, and what became of every entry by name.
+
+    Args:
+      pipe: As there.
+      steps: As there.
+      eta: As there.
+      guidance_scale: As there.
+
+    Raises:
+      ValueError: As there.
+    """
     run = pipe.table_key(steps=steps, eta=eta or 0.0, guidance_scale=guidance_scale)
     run = dataclasses.replace(
         run,
         eta=None if eta is None else run.eta,
         guidance_scale=None if guidance_scale is None else run.guidance_scale,
     )
-    old, new, lost = pipe.step_table or StepTable(), StepTable(), []
+    old, new, fates = pipe.step_table or StepTable(), StepTable(), {}
     for name, key in old.keys:
+        differs = ", ".join(key.mismatch(run)) or "other steps"
         if not key.mismatch(run) and old.steps == len(run.timesteps or ()):
             new = new.with_entry(name, old.entries[name], key=key)
+            fates[name] = Fate("kept")
         elif name in _ENTRIES:
             new = _ENTRIES[name](pipe, new, key, run)
+            fates[name] = Fate("computed again" if name == COLLECTION else "resampled", differs)
         else:
-            lost.append(f"{name!r} ({', '.join(key.mismatch(run)) or 'other steps'})")
+            fates[name] = Fate("left out", differs)
     bound = getattr(pipe.apply, "__self__", None)
     if COLLECTION not in old.entries and dropped_layers(bound, pipe.params):
         new = _time(pipe, new, TableKey(), run)
-    if lost:
-        warnings.warn(
-            f"retarget left out what was fitted for another run: {'; '.join(lost)}. Fit it again "
-            "by calibrating at these settings.",
-            stacklevel=3,
-        )
-    return pipe.replace(step_table=new if new.entries else None)
+        fates[COLLECTION] = Fate("computed again", "it was missing")
+    return pipe.replace(step_table=new if new.entries else None), fates
 
 
 def resample_rows(

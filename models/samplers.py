@@ -245,7 +245,8 @@ def correct_prediction(
 
     Args:
       correction: One row of the step table's entry `"noise_correction"`: `k` and `variance`
-        scalars, `mu` `[c]`. Zeros switch a correction off.
+        scalars, `mu` `[c]`. Zeros switch a correction off. A `mean_from_noise`, if there is one,
+        takes the place of the row's (`NoiseCorrection(variance="released")`).
       row: One row of the sampler, with `prediction_gain`.
       prediction: Quantized and guided; a learned variance in channels beyond c stays as it is.
 
@@ -265,8 +266,11 @@ def correct_prediction(
     c = mu.shape[-1]
     corrected = (prediction[..., :c] - mu) / (1 + k)
     absorbed = (row["prediction_gain"] / (1 + k)) ** 2 * correction["variance"]
+    changed = {"absorbed_variance": absorbed}
+    if "mean_from_noise" in correction:
+        changed["mean_from_noise"] = correction["mean_from_noise"]
     return (
-        {**row, "absorbed_variance": absorbed},
+        {**row, **changed},
         jnp.concatenate([corrected, prediction[..., c:]], axis=-1),
     )
 

@@ -25,6 +25,7 @@ from qjax.cli_options import Command, Option, path, real, text, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.models.pipeline import Pipeline
+from qjax.noise_plot import save_noise
 from qjax.plots import line_plot, save_plot
 from qjax.search_plot import save_fronts
 
@@ -72,8 +73,10 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         output.say(f"losses: {plot}")
     fronts = save_fronts(settings.out)
     output.say(*(f"front of the search: {front}" for front in fronts))
+    noise = save_noise(settings.out)
+    output.say(*(f"quantization noise: {one}" for one in noise))
     named = [type(stage).__name__ for stage in recipe.stages]
-    return result | {"stages": named, "losses": plot, "fronts": fronts}
+    return result | {"stages": named, "losses": plot, "fronts": fronts, "noise": noise}
 
 
 def with_options(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,24 @@ from PIL import Image, PngImagePlugin
 import qjax
 from qjax import report
 from qjax.calibrate.data import read_prompts
+from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection, refit
 from qjax.cli_models import MODEL, SEED, load_model
-from qjax.cli_options import Command, Option, files_with_scales, path, real, text, texts, whole
+from qjax.cli_options import (
+    Command,
+    Option,
+    files_with_scales,
+    path,
+    real,
+    switch,
+    text,
+    texts,
+    whole,
+)
 from qjax.cli_output import Output
 from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import Float
 from qjax.models.pipeline import Pipeline
+from qjax.models.retargeting import retargeted
 from qjax.report_data import as_dict
 from qjax.report_words import seconds_text
 from qjax.timing import stopwatch
@@ -91,6 +103,10 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     if suffix not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy; got {settings.out}.")
     pipe = load_model(settings.model, output)
+    if settings.retarget:
+        pipe = _retarget(pipe, settings, output)
+    elif settings.teacher is not None:
+        raise ValueError("--teacher fits a noise correction again; it needs --retarget.")
     for file, weight in settings.lora or ():
         pipe = pipe.with_lora(file, scale=weight)
     if suffix == ".png" and pipe.image_shape[-1] not in (1, 3):
@@ -132,6 +148,28 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         words += f", every pixel drawn as {scale} x {scale} (--scale 1 for the pixels alone)"
     output.say(words, f"{settings.steps} steps took {seconds_text(seconds())}, compiling included")
     return said | {"out": settings.out, "num_images": count, "scale": scale, "seconds": seconds()}
+
+
+def _retarget(pipe: Pipeline, settings: SimpleNamespace, output: Output) -> Pipeline:
+    """The model with a step table that suits the run; says what became of every entry."""
+    run = {"steps": settings.steps, "eta": settings.eta}
+    scale = 1.0 if settings.guidance is None else settings.guidance
+    teacher = None if settings.teacher is None else load_model(settings.teacher, output)
+    pipe, fates = retargeted(pipe, **run, guidance_scale=scale)
+    for name, fate in fates.items():
+        said = str(fate)
+        if name == ENTRY and fate.lost and teacher is not None:
+            with output.progress("correcting noise") as tell:
+
+                def on_event(event: Mapping[str, Any], tell: Any = tell) -> None:
+                    if event["event"] == "step":
+                        tell(event["step"], event["steps"], "step of the sampler")
+
+                correction = NoiseCorrection(**run, guidance_scale=settings.guidance)
+                pipe = refit(pipe, teacher, correction, seed=settings.seed, on_event=on_event)
+            said = f"fitted again ({fate.reason})"
+        output.say(f"{name}: {said}")
+    return pipe
 
 
 def _draw(
@@ -271,6 +309,18 @@ COMMANDS = (
             GUIDANCE,
             ETA,
             SEED,
+            Option(
+                name="retarget",
+                read=switch,
+                default=False,
+                help="make what was fitted for other steps, eta or guidance suit these",
+            ),
+            Option(
+                name="teacher",
+                read=text,
+                metavar="MODEL",
+                help="with --retarget: the float model, to fit a noise correction again",
+            ),
             Option(
                 name="scale",
                 read=whole(1),

@@ -7,6 +7,9 @@
 | `w4a8` | 4 bits, groups of 64 or 128 | 8 bits, dynamic per token | Chen et al. 2025 (Q-DiT) |
 | `s2p_w8a8` | 8 bits, per output channel | 8 bits, a range for every step | Li et al. 2024 |
 | `s2p_w4a8` | 4 bits, groups of 64 or 128 | 8 bits, a range for every step | Li et al. 2024 |
+| `ptqd_w8a8` | 8 bits, per output channel, AdaRound | 8 bits, a range for every step | He et al. 2023 (PTQD) |
+| `ptqd_w4a8` | 4 bits, groups of 64 or 128, AdaRound | 8 bits, a range for every step | He et al. 2023 (PTQD) |
+| `ptqd_mp` | as `ptqd_w4a8` | 4 or 8 bits, step by step | He et al. 2023 (PTQD) |
 | `q_dit_w8a8`, `q_dit_w6a8`, `q_dit_w4a8` | 8, 6, 4 bits, groups of 128 or 64, zero points, GPTQ | 8 bits, dynamic per token and group | Chen et al. 2025 |
 
 The first three are data-free (`DATA_FREE`); the others calibrate, for the sampler's settings of
@@ -22,10 +25,12 @@ from typing import Any
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.gptq_stage import GPTQ
 from qjax.calibrate.granularity_search import GranularitySearch
-from qjax.calibrate.recipe import Recipe
+from qjax.calibrate.noise_correction import NoiseCorrection
+from qjax.calibrate.recipe import Recipe, Stage
 from qjax.calibrate.reconstruction import FitSettings
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.serial_parallel_settings import Fits
+from qjax.calibrate.step_bits import StepBits
 from qjax.calibrate.time_table import TimePrecalculation
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 
@@ -131,6 +136,99 @@ def s2p_w4a8(
     return _serial_parallel("s2p_w4a8", _W4, steps, guidance_scale, data, fits)
 
 
+def ptqd_w8a8(
+    *,
+    steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+) -> Recipe:
+    """8-bit weights and activations, AdaRound block by block, and a corrected sampler.
+
+    Args:
+      steps: Steps of the sampler that it is fitted for; None: to be chosen with
+        `with_settings(steps=...)` before it runs.
+      eta: Share of fresh noise that it is fitted for.
+      guidance_scale: Weight of the guidance that it is fitted for; None for none.
+      data: What it is calibrated on; None for 64 items of labels in turn, and 256 for the noise.
+
+    References:
+      He et al., PTQD, NeurIPS 2023, https://arxiv.org/abs/2305.10657.
+    """
+    return _ptqd("ptqd_w8a8", WeightSpec(bits=8, method="mse"), steps, eta, guidance_scale, data)
+
+
+def ptqd_w4a8(
+    *,
+    steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+) -> Recipe:
+    """4-bit weights and 8-bit activations, likewise.
+
+    Args:
+      steps: As for `ptqd_w8a8`.
+      eta: Likewise.
+      guidance_scale: Likewise.
+      data: Likewise.
+
+    References:
+      As for `ptqd_w8a8`: https://arxiv.org/abs/2305.10657.
+    """
+    return _ptqd("ptqd_w4a8", _W4, steps, eta, guidance_scale, data)
+
+
+def ptqd_mp(
+    *,
+    steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+    mean_bits: float = 7.0,
+) -> Recipe:
+    """4-bit weights, and activations of 4 bits at some steps and 8 at the others.
+
+    Args:
+      steps: As for `ptqd_w8a8`.
+      eta: Likewise.
+      guidance_scale: Likewise.
+      data: Likewise.
+      mean_bits: Of the activations, over the steps; 7 is what the paper has at 20 steps.
+
+    References:
+      As for `ptqd_w8a8`: https://arxiv.org/abs/2305.10657, section 3.5.
+    """
+    shared = _for_run(steps, guidance_scale, data)
+    bits = StepBits(mean_bits=mean_bits, eta=eta, **shared)
+    return _ptqd("ptqd_mp", _W4, steps, eta, guidance_scale, data, bits)
+
+
+def _ptqd(
+    name: str,
+    weight: WeightSpec,
+    steps: int | None,
+    eta: float,
+    guidance_scale: float | None,
+    data: CalibrationSet | None,
+    *between: Stage,
+) -> Recipe:
+    shared = _for_run(steps, guidance_scale, data)
+    # Blocks on the float network's samples, as Q-Diffusion has it, whose model PTQD corrects.
+    rounding = SerialParallel(samples="float", eta=eta, **shared)
+    correction = NoiseCorrection(eta=eta, **shared)
+    quant = _recipe(name, weight, PER_STEP_A8).quant
+    return Recipe(name=name, quant=quant, stages=(rounding, *between, correction))
+
+
+def _for_run(
+    steps: int | None, guidance_scale: float | None, data: CalibrationSet | None
+) -> dict[str, Any]:
+    """What all stages of a recipe are told; without data each takes its own."""
+    shared: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+    return shared if data is None else shared | {"data": data}
+
+
 def q_dit_w8a8(
     *,
     steps: int | None = None,
@@ -216,10 +314,7 @@ def _q_dit(
         weight=weight,
         reason="adaLN: its input, the conditioning, is one vector for all tokens",
     )
-    shared: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
-    if data is not None:
-        shared["data"] = data
-    rounding = GPTQ(**shared)
+    rounding = GPTQ(**_for_run(steps, guidance_scale, data))
     stages = (rounding,) if search is None else (search, rounding)
     return Recipe(
         name=name, quant=dataclasses.replace(quant, rules=(*quant.rules, adaln)), stages=stages
@@ -236,15 +331,8 @@ def _serial_parallel(
 ) -> Recipe:
     quant = _recipe(name, weight, PER_STEP_A8).quant
     fit = FitSettings(weights="latent", iterations=600)
-    stage = SerialParallel(
-        steps=steps,
-        guidance_scale=guidance_scale,
-        data=CalibrationSet() if data is None else data,
-        fits=fits,
-        refreshes=3,
-        fit=fit,
-        ranges="minmax",
-    )
+    shared = _for_run(steps, guidance_scale, data)
+    stage = SerialParallel(fits=fits, refreshes=3, fit=fit, ranges="minmax", **shared)
     stages = (stage, TimePrecalculation(steps=steps))
     return Recipe(
         name=name, quant=dataclasses.replace(quant, rules=(*quant.rules, TIME)), stages=stages
@@ -268,6 +356,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     **DATA_FREE,
     "s2p_w8a8": s2p_w8a8,
     "s2p_w4a8": s2p_w4a8,
+    "ptqd_w8a8": ptqd_w8a8,
+    "ptqd_w4a8": ptqd_w4a8,
+    "ptqd_mp": ptqd_mp,
     "q_dit_w8a8": q_dit_w8a8,
     "q_dit_w6a8": q_dit_w6a8,
     "q_dit_w4a8": q_dit_w4a8,

@@ -172,7 +172,7 @@ BAD = {
     "no such model": (["plan", "nosuch", "--recipe", "w8a8"], "'nosuch' is no model of the zoo"),
     "no such recipe": (
         ["plan", MODEL, "--recipe", "w9"],
-        "one of w8a8, w4a16, w4a8, s2p_w8a8, s2p_w4a8, q_dit_w8a8, q_dit_w6a8, q_dit_w4a8; got 'w9'",
+        "w4a8, ptqd_mp, q_dit_w8a8, q_dit_w6a8, q_dit_w4a8; got 'w9'",
     ),
     "no recipe": (["plan", MODEL], "--recipe is needed"),
     "no such option": (

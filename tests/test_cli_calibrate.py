@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import qjax
-from qjax import cli_calibrate
+from qjax import cli, cli_calibrate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,9 +37,48 @@ def test_it_fits_saves_and_plots(run, tmp_path):
     assert "time" in pipe.step_table.entries
 
 
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory):
+    """The folder of a run of a recipe with a noise correction."""
+    out = tmp_path_factory.mktemp("ptqd") / "run"
+    words = ("--steps", "2", "--eta", "1", "--items", "4", "--iterations", "1", "--out", str(out))
+    with jax.numpy_dtype_promotion("standard"):
+        assert cli.main(["calibrate", MODEL, "--recipe", "ptqd_w4a8", *words]) == 0
+    return out
+
+
+def test_the_noise_of_every_step_is_plotted(corrected):
+    plots = sorted(corrected.glob("stage-1-noisecorrection-parts/*.svg"))
+    assert [plot.name for plot in plots] == ["noise.svg", "slope.svg"]
+    for plot in plots:
+        assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+
+
+def test_a_correction_of_another_run_is_refused_until_it_is_retargeted(run, corrected, tmp_path):
+    saved = corrected / "final"
+    picture = tmp_path / "shoe.png"
+    words = ("generate", saved, "--labels", "7", "--steps", "2", "--eta", "0.5", "--out", picture)
+    refused = run(*words)
+    assert refused.status == 2 and "eta was 1.0, the run has 0.5" in refused.err
+    assert not picture.exists()
+    left_out = run(*words, "--retarget")
+    assert left_out.status == 0, left_out.err
+    assert "noise_correction: left out (eta was 1.0, the run has 0.5)" in left_out.out
+    assert "quant: kept" in left_out.out
+    fitted = run(*words, "--retarget", "--teacher", MODEL)
+    assert fitted.status == 0, fitted.err
+    assert "noise_correction: fitted again (eta was 1.0, the run has 0.5)" in fitted.out
+    other = run(*words, "--retarget", "--teacher", "fashion-unet")
+    assert other.status == 2 and "Give that model" in other.err
+
+
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
+        (
+            ("generate", MODEL, "--teacher", MODEL, "--out", "out.png"),
+            ["--teacher fits a noise correction again; it needs --retarget"],
+        ),
         ((*S2P, "--out", "out"), ["give steps (on the command line --steps)"]),
         (
             ("quantize", MODEL, "--recipe", "s2p_w4a8", "--out", "out"),

@@ -10,6 +10,7 @@ import pytest
 
 import qjax
 from qjax import recipes
+from qjax.calibrate.noise_correction import NoiseCorrection
 from qjax.calibrate.recipe import run as calibrate
 from qjax.core.quantize import plan
 from qjax.models.autoencoder_config import AutoencoderKLConfig, VQModelConfig
@@ -82,7 +83,8 @@ def test_a_name_gives_the_recipe_of_that_name():
 
 def test_an_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(
-        ValueError, match="must be one of w8a8, .*, s2p_w4a8, .*, q_dit_w4a8; got 'w3a8'"
+        ValueError,
+        match="must be one of w8a8, .*, s2p_w4a8, .*, ptqd_mp, .*, q_dit_w4a8; got 'w3a8'",
     ):
         recipes.by_name("w3a8")
 
@@ -94,7 +96,8 @@ def test_every_recipe_names_its_paper(name):
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_is_as_its_name_says(name):
-    weight, act = map(int, re.fullmatch(r".*w(\d+)a(\d+)", name).groups())
+    said = re.fullmatch(r".*w(\d+)a(\d+)", "ptqd_w4a8" if name == "ptqd_mp" else name)
+    weight, act = map(int, said.groups())
     for entry in entries("dit", name):
         if entry.weight is not None:
             assert entry.weight.bits == weight
@@ -121,6 +124,13 @@ def test_what_calibrates_leaves_out_only_projections_of_time_besides():
         more = left - plain
         assert more and all(path.endswith("time_emb_proj/kernel") for path in more)
         assert plain <= left
+
+
+def test_noise_is_corrected_last():
+    for name in ("ptqd_w8a8", "ptqd_w4a8", "ptqd_mp"):
+        recipe = recipes.RECIPES[name](steps=4, eta=1.0, guidance_scale=2.0)
+        assert isinstance(recipe.stages[-1], NoiseCorrection)
+        assert {(s.steps, s.eta, s.guidance_scale) for s in recipe.stages} == {(4, 1.0, 2.0)}
 
 
 def test_what_calibrates_asks_for_the_steps_of_the_sampler():

@@ -1,0 +1,69 @@
+"""Quantization noise step by step, from the log that a noise correction leaves."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qjax.plots import line_plot, save_plot
+
+__all__ = ["noise_plot", "save_noise", "slope_plot"]
+
+
+def noise_plot(steps: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG document: how far signal is above noise at every step, as it is and corrected.
+
+    Args:
+      steps: Events `"noise"` of a log.
+    """
+    x = [one["step"] for one in steps]
+    return line_plot(
+        {
+            "quantized": (x, [one["snr"] for one in steps]),
+            "corrected": (x, [one["snr_corrected"] for one in steps]),
+        },
+        title="Answer of the quantized network, step by step",
+        x_label="step of the sampler",
+        y_label="signal over noise in dB",
+    )
+
+
+def slope_plot(steps: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG document: how the noise follows the answer at every step.
+
+    Args:
+      steps: As there.
+    """
+    x = [one["step"] for one in steps]
+    return line_plot(
+        {
+            "slope of the noise over the answer": (x, [one["slope"] for one in steps]),
+            "k, what is corrected of it": (x, [one["k"] for one in steps]),
+            "correlation of the two": (x, [one["correlation"] for one in steps]),
+        },
+        title="Quantization noise and the answer, step by step",
+        x_label="step of the sampler",
+        y_label="slope, and Pearson's correlation",
+    )
+
+
+def save_noise(out: Path) -> list[Path]:
+    """Plot the noise of all corrections in a run's folder, beside their logs.
+
+    Args:
+      out: The folder that `qjax.calibrate.run` was given.
+
+    Returns:
+      The files; none where no stage has corrected noise.
+    """
+    made = []
+    for log in sorted(out.glob("stage-*-parts/log.jsonl")):
+        events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        # A run that was killed may have told of its steps twice.
+        found = {event["step"]: event for event in events if event["event"] == "noise"}
+        steps = [found[step] for step in sorted(found)]
+        for name, draw in (("noise.svg", noise_plot), ("slope.svg", slope_plot)):
+            if steps:
+                save_plot(log.with_name(name), draw(steps))
+                made.append(log.with_name(name))
+    return made
