@@ -27,6 +27,7 @@ from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.models.pipeline import Pipeline
 from qjax.noise_plot import save_noise
 from qjax.plots import line_plot, save_plot
+from qjax.report_words import event_words
 from qjax.search_plot import save_fronts
 
 LOSS = "loss.svg"
@@ -117,14 +118,6 @@ def with_options(
         raise ValueError(f"--iterations: {recipe.name} has no stage that fits anything.")
     fit = dataclasses.replace(fitting[0].fit, iterations=settings.iterations)
     return recipe.with_settings(fit=fit)
-
-
-def event_words(event: Mapping[str, Any]) -> str:
-    """A few words on what a stage is at."""
-    if event["event"] == "step":
-        return f"{event['part']}, step {event['step']} of {event['steps']}"
-    error = f", error {event['error']:.3f} of nearest" if "error" in event else ""
-    return f"{event.get('block', '')}, iteration {event.get('iteration', '')}{error}"
 
 
 def save_losses(out: Path) -> Path | None:

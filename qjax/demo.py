@@ -8,20 +8,27 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import qjax
 from qjax import api, recipes, report
+from qjax.calibrate.recipe import Recipe, run
+from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.core.safetensors_io import atomic_write
 from qjax.models.pipeline import Pipeline
 from qjax.report_data import ComparisonReport, as_dict
 from qjax.report_index import Entry, save_index
-from qjax.report_words import bytes_text
+from qjax.report_words import bytes_text, event_words
 from qjax.timing import Phases
 
 # Where the shipped models' pictures are recognized best without becoming alike; 3 adds little
 # (benchmarks/zoo_quality.py).
 GUIDANCE = 2.0
 RECIPES = ("w8a8", "w4a8", "w4a16")
+# The three systems at the same bits: each, and together. Q-DiT's is meant for transformers.
+SYSTEMS = ("w4a8", "s2p_w4a8", "ptqd_w4a8", "s2p_ptqd_w4a8")
+SYSTEMS_OF_DIT = (*SYSTEMS[:3], "q_dit_w4a8", "q_dit_s2p_ptqd_w4a8")
+ITERATIONS = 300
 REPEATS = 3
 RESULTS = "demo.json"
 INDEX = "index.html"
@@ -74,13 +81,27 @@ def models_to_show(*, everything: bool) -> list[str]:
     return names if everything else [name for name in names if not name.endswith("-v")]
 
 
+def recipes_to_show(model: str, *, everything: bool) -> tuple[str, ...]:
+    """The data-free recipes, or all combinations of the three systems that suit a model.
+
+    Models that differ in what they predict alone are shown with the data-free ones.
+
+    Args:
+      model: A shipped one.
+      everything: Whether the systems are shown, at 4 and 8 bits.
+    """
+    if not everything or model.endswith("-v"):
+        return RECIPES
+    return SYSTEMS_OF_DIT if "dit" in model else SYSTEMS
+
+
 def run_demo(
     out: Path,
     *,
     models: Sequence[str],
     images: int,
     steps: int,
-    names: Sequence[str],
+    names: Mapping[str, Sequence[str]],
     seed: int,
     phases: Phases,
     tell: Tell,
@@ -92,7 +113,7 @@ def run_demo(
       models: Shipped models.
       images: Pictures by each model.
       steps: Steps of the sampler.
-      names: Recipes.
+      names: Recipes by model.
       seed: Of the noise.
       phases: Counts the seconds of each phase.
       tell: Progress: called with work done, all work and what comes next.
@@ -105,15 +126,15 @@ def run_demo(
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).exists():
         raise ValueError(f"the folder {out} is not empty and not of an earlier demo; name another.")
     out.mkdir(parents=True, exist_ok=True)
-    each = 2 * len(names) + 2 + REPEATS
-    shown = []
-    for i, model in enumerate(models):
-        begin = i * each
+    work = {model: 2 * len(names[model]) + 2 + REPEATS for model in models}
+    shown, begin = [], 0
+    for model in models:
 
-        def here(done: int, words: str, begin: int = begin, model: str = model) -> None:
-            tell(begin + done, each * len(models), f"{model}, {words}")
+        def here(done: float, words: str, begin: int = begin, model: str = model) -> None:
+            tell(begin + done, sum(work.values()), f"{model}, {words}")
 
-        shown.append(_one(model, out, images, steps, names, seed, phases, here))
+        shown.append(_one(model, out, images, steps, names[model], seed, phases, here))
+        begin += work[model]
     _write_index(out, shown)
     return shown
 
@@ -126,7 +147,7 @@ def _one(
     names: Sequence[str],
     seed: int,
     phases: Phases,
-    tell: Callable[[int, str], None],
+    tell: Callable[[float, str], None],
 ) -> Shown:
     with phases.count("load"):
         pipe = qjax.load(model)
@@ -134,8 +155,13 @@ def _one(
     variants: dict[str, Pipeline] = {}
     for i, name in enumerate(names):
         tell(i, f"quantizing to {name}")
-        with phases.count("quantize and save"):
-            qjax.quantize(pipe, recipes.by_name(name).quant).save(folders[name])
+        recipe = recipes.by_name(name)
+        if recipe.stages:
+            with phases.count("calibrate and save"):
+                folders[name] = _calibrated(pipe, recipe, folders[name], steps, seed, i, tell)
+        else:
+            with phases.count("quantize and save"):
+                qjax.quantize(pipe, recipe.quant).save(folders[name])
         with phases.count("load"):
             variants[name] = qjax.load(folders[name])
     sizes = {name: api.folder_bytes(folder) for name, folder in folders.items()}
@@ -156,7 +182,7 @@ def _one(
             repeats=REPEATS,
             on_progress=progress,
         )
-    found = _with_files(found, folders, sizes)
+    found = _with_files(out, found, folders, sizes)
     page, grid = out / f"{model}.html", out / f"{model}.png"
     with phases.count("pages"):
         report.save_html(found, page)
@@ -166,14 +192,47 @@ def _one(
     )
 
 
+def _calibrated(
+    pipe: Pipeline,
+    recipe: Recipe,
+    out: Path,
+    steps: int,
+    seed: int,
+    done: int,
+    tell: Callable[[float, str], None],
+) -> Path:
+    """Run a recipe with all its stages for the demo's sampler; gives the folder of the result.
+
+    An earlier demo's run of the same recipe is not computed again.
+    """
+    stage = 0
+
+    def on_stage(number: int, total: int, name: str) -> None:
+        nonlocal stage
+        stage = number
+        tell(done + number / total, f"{recipe.name}, {name}")
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if "share" in event:
+            share = (stage + event["share"]) / len(recipe.stages)
+            tell(done + share, f"{recipe.name}, {event_words(event)}")
+
+    recipe = recipe.with_settings(steps=steps, guidance_scale=GUIDANCE)
+    fits: list[Any] = [one.fit for one in recipe.stages if isinstance(one, SerialParallel)]
+    if fits:
+        recipe = recipe.with_settings(fit=dataclasses.replace(fits[0], iterations=ITERATIONS))
+    run(pipe, recipe, out=out, seed=seed, on_stage=on_stage, on_event=on_event)
+    return out / "final"
+
+
 def _with_files(
-    found: ComparisonReport, folders: Mapping[str, Path], sizes: Mapping[str, int]
+    out: Path, found: ComparisonReport, folders: Mapping[str, Path], sizes: Mapping[str, int]
 ) -> ComparisonReport:
     """The report with a note on the files of every variant."""
     variants = []
     for variant in found.variants:
         note = (
-            f"Saved in {folders[variant.name].name}: {bytes_text(sizes[variant.name])} on disk, "
+            f"Saved in {folders[variant.name].relative_to(out)}: {bytes_text(sizes[variant.name])} on disk, "
             "manifest included. These pictures were made with what was saved."
         )
         variants.append(dataclasses.replace(variant, notes=(*variant.notes, note)))

@@ -11,6 +11,7 @@
 | `ptqd_w4a8` | 4 bits, groups of 64 or 128, AdaRound | 8 bits, a range for every step | He et al. 2023 (PTQD) |
 | `ptqd_mp` | as `ptqd_w4a8` | 4 or 8 bits, step by step | He et al. 2023 (PTQD) |
 | `q_dit_w8a8`, `q_dit_w6a8`, `q_dit_w4a8` | 8, 6, 4 bits, groups of 128 or 64, zero points, GPTQ | 8 bits, dynamic per token and group | Chen et al. 2025 |
+| `s2p_ptqd_w4a8`, `q_dit_s2p_ptqd_w4a8` | as `s2p_w4a8`, as `q_dit_w4a8` with the integers of `s2p_w4a8` | | two, and all three |
 
 The first three are data-free (`DATA_FREE`); the others calibrate, for the sampler's settings of
 their later use (`qjax.calibrate.run`, `qjax calibrate`). The layers next to the pixels and the
@@ -204,6 +205,70 @@ def ptqd_mp(
     return _ptqd("ptqd_mp", _W4, steps, eta, guidance_scale, data, bits)
 
 
+def s2p_ptqd_w4a8(
+    *,
+    steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+) -> Recipe:
+    """`s2p_w4a8`, and then the noise that is left corrected in the sampler as in `ptqd_w4a8`.
+
+    Args:
+      steps: As for `ptqd_w8a8`.
+      eta: Likewise.
+      guidance_scale: Likewise.
+      data: Likewise.
+
+    References:
+      As for `s2p_w8a8` and `ptqd_w8a8`: https://arxiv.org/abs/2412.06661,
+      https://arxiv.org/abs/2305.10657.
+    """
+    recipe = s2p_w4a8(steps=steps, guidance_scale=guidance_scale, data=data)
+    return _then_corrected("s2p_ptqd_w4a8", recipe, steps, eta, guidance_scale, data)
+
+
+def q_dit_s2p_ptqd_w4a8(
+    *,
+    steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float | None = None,
+    data: CalibrationSet | None = None,
+) -> Recipe:
+    """All three: the groups and dynamic activations of `q_dit_w4a8`, weights trained as in
+    `s2p_w4a8`, and the noise that is left corrected as in `ptqd_w4a8`.
+
+    Serial-to-parallel takes the place of GPTQ: both choose the integers, and what is trained
+    begins at the floats.
+
+    Args:
+      steps: As for `ptqd_w8a8`.
+      eta: Likewise.
+      guidance_scale: Likewise.
+      data: Likewise.
+
+    References:
+      As for `q_dit_w8a8`, `s2p_w8a8` and `ptqd_w8a8`: https://arxiv.org/abs/2406.17343,
+      https://arxiv.org/abs/2412.06661, https://arxiv.org/abs/2305.10657.
+    """
+    fitted = s2p_w4a8(steps=steps, guidance_scale=guidance_scale, data=data).stages[:1]
+    recipe = dataclasses.replace(q_dit_w4a8(), stages=fitted)
+    return _then_corrected("q_dit_s2p_ptqd_w4a8", recipe, steps, eta, guidance_scale, data)
+
+
+def _then_corrected(
+    name: str,
+    recipe: Recipe,
+    steps: int | None,
+    eta: float,
+    guidance_scale: float | None,
+    data: CalibrationSet | None,
+) -> Recipe:
+    recipe = recipe.with_settings(eta=eta)
+    correction = NoiseCorrection(eta=eta, **_for_run(steps, guidance_scale, data))
+    return dataclasses.replace(recipe, name=name, stages=(*recipe.stages, correction))
+
+
 def _ptqd(
     name: str,
     weight: WeightSpec,
@@ -359,9 +424,11 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "ptqd_w8a8": ptqd_w8a8,
     "ptqd_w4a8": ptqd_w4a8,
     "ptqd_mp": ptqd_mp,
+    "s2p_ptqd_w4a8": s2p_ptqd_w4a8,
     "q_dit_w8a8": q_dit_w8a8,
     "q_dit_w6a8": q_dit_w6a8,
     "q_dit_w4a8": q_dit_w4a8,
+    "q_dit_s2p_ptqd_w4a8": q_dit_s2p_ptqd_w4a8,
 }
 """All recipes by name."""
 

@@ -4,9 +4,9 @@ Everything here is plain text; whoever puts it into HTML or a terminal escapes i
 is said as plainly as good news: a quantized model that is slower is called slower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ __all__ = [
     "distance_rows",
     "distance_text",
     "distance_verdict",
+    "event_words",
     "fidelity_sentences",
     "fidelity_verdict",
     "float_seconds",
@@ -337,3 +338,11 @@ def _layer_sentences(variant: VariantResult) -> tuple[str, ...]:
 def float_seconds(report: ComparisonReport) -> tuple[float, ...]:
     """The float model's seconds per step in every run that timed it, sorted."""
     return tuple(sorted(v.timing.seconds_float for v in report.variants if v.timing))
+
+
+def event_words(event: Mapping[str, Any]) -> str:
+    """A few words on what a stage is at."""
+    if event["event"] == "step":
+        return f"{event['part']}, step {event['step']} of {event['steps']}"
+    error = f", error {event['error']:.3f} of nearest" if "error" in event else ""
+    return f"{event.get('block', '')}, iteration {event.get('iteration', '')}{error}"

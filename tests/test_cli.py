@@ -22,6 +22,8 @@ from safetensors.numpy import save_file
 import qjax
 from qjax import cli, cli_machine, demo, doctor, recipes, zoo
 from qjax.bench import Benchmark, LayerCall, LayerTime, what_runs
+from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.noise_correction import NoiseCorrection
 from qjax.cli_options import Command, Option, apply_quant, files_with_scales, resolve, whole
 from qjax.core.quantize import quantize_leaf
 from qjax.models.convert import to_checkpoint
@@ -172,7 +174,7 @@ BAD = {
     "no such model": (["plan", "nosuch", "--recipe", "w8a8"], "'nosuch' is no model of the zoo"),
     "no such recipe": (
         ["plan", MODEL, "--recipe", "w9"],
-        "w4a8, ptqd_mp, q_dit_w8a8, q_dit_w6a8, q_dit_w4a8; got 'w9'",
+        "q_dit_w8a8, q_dit_w6a8, q_dit_w4a8, q_dit_s2p_ptqd_w4a8; got 'w9'",
     ),
     "no recipe": (["plan", MODEL], "--recipe is needed"),
     "no such option": (
@@ -611,3 +613,27 @@ def test_the_demo_quantizes_saves_compares_and_writes_pages(run, monkeypatch, tm
     )
     again = run("demo", "--out", out, "num_images=2", "steps=1", "--json")
     assert json.loads(again.out)["models"].keys() == {MODEL}
+
+
+def test_the_full_demo_calibrates_and_takes_over_what_an_earlier_one_has_done(
+    run, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(zoo, "names", lambda: [MODEL])
+    monkeypatch.setattr(demo, "SYSTEMS_OF_DIT", ("w4a8", "corrected"))
+    # The correction alone, so that nothing has to be fitted.
+    corrected = dataclasses.replace(
+        recipes.w4a8(), stages=(NoiseCorrection(data=CalibrationSet(items=2)),)
+    )
+    made = {"w4a8": recipes.w4a8(), "corrected": corrected}
+    monkeypatch.setattr(recipes, "by_name", made.__getitem__)
+    words = ("demo", "--full", "--out", tmp_path / "demo", "num_images=2", "steps=1")
+    result = run(*words)
+    assert (result.status, result.err) == (0, "")
+    document = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    found = document["models"][MODEL]
+    assert [variant["name"] for variant in found["variants"]] == ["w4a8", "corrected"]
+    assert "calibrate and save" in document["seconds"]
+    final = tmp_path / "demo" / f"{MODEL}-corrected" / "final"
+    assert "noise_correction" in qjax.load(final).step_table.entries
+    monkeypatch.setattr(NoiseCorrection, "run", None)
+    assert run(*words).status == 0

@@ -84,7 +84,7 @@ def test_a_name_gives_the_recipe_of_that_name():
 def test_an_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(
         ValueError,
-        match="must be one of w8a8, .*, s2p_w4a8, .*, ptqd_mp, .*, q_dit_w4a8; got 'w3a8'",
+        match="must be one of w8a8, .*, s2p_w4a8, .*, ptqd_mp, .*, q_dit_w4a8, .*; got 'w3a8'",
     ):
         recipes.by_name("w3a8")
 
@@ -127,10 +127,11 @@ def test_what_calibrates_leaves_out_only_projections_of_time_besides():
 
 
 def test_noise_is_corrected_last():
-    for name in ("ptqd_w8a8", "ptqd_w4a8", "ptqd_mp"):
+    for name in (name for name in recipes.RECIPES if "ptqd" in name):
         recipe = recipes.RECIPES[name](steps=4, eta=1.0, guidance_scale=2.0)
         assert isinstance(recipe.stages[-1], NoiseCorrection)
-        assert {(s.steps, s.eta, s.guidance_scale) for s in recipe.stages} == {(4, 1.0, 2.0)}
+        runs = {(s.steps, s.eta, s.guidance_scale) for s in recipe.stages if hasattr(s, "eta")}
+        assert runs == {(4, 1.0, 2.0)}
 
 
 def test_what_calibrates_asks_for_the_steps_of_the_sampler():
