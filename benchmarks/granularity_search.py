@@ -8,17 +8,27 @@ The ablation of Q-DiT (Chen et al., 2025, table 3) in its order, on a shipped tr
 | + group | groups of `--group` input channels | the same groups, ranges static |
 | + dynamic | the same | the same groups, a range for every token |
 | + dynamic, samples | the same | ranges shared by all tokens of a picture (simulated) |
-| + search | groups by layer, at the BitOps of `--group` everywhere | the same groups, by token |
+| + gptq | rounded by GPTQ | as in + dynamic |
+| + search | groups by layer, at the BitOps of `--group` everywhere, then GPTQ | the same groups |
 | + search, latent | the same, by errors of latents | |
 | + search, ilp | the same, by errors of layers, exactly | |
+| w8, static | 8 bits, groups | one range for all steps and tokens |
+| w8, by step | the same | one range for every step |
+| w8, dynamic | the same | a range for every token |
 
-Rounding is to nearest and ranges are asymmetric throughout. Layers are those of the paper: qkv,
+Rounding is to nearest but where GPTQ is named, and ranges are asymmetric throughout. The last
+three are the paper's comparison of inputs' ranges, at weights whose error is small. Layers are those of the paper: qkv,
 proj, fc1 and fc2 of every block; adaLN has weights in groups and float inputs. The search draws
 pictures with the guidance of the evaluation, from other noise. Every row is judged on the same
 noise; latent error is the relative L2 distance of the final latents to the float model's, FD the
 Frechet distance of the pictures' features to the float model's pictures and to real ones.
 
-Searches are rows by seed (`--seeds`), with what they found on their own noise and on fresh
+With `--outliers F` a few input channels of every layer that follows an adaLN or makes values are
+F times as large and the weights that read them as much smaller, so that the float network stays
+what it is (`models/smoothing_pairs.py`): real transformers have such channels, the shipped one
+has none.
+
+What calibrates or searches is run for every seed (`--seeds`); searches are told with what they found on their own noise and on fresh
 noise, for the winner and for the uniform groups. Rows in the result file are kept, and with
 `--work` searches go on where they were killed. Writes `benchmarks/results/granularity_search.json`.
 """
@@ -40,15 +50,19 @@ from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.evolution import EvolutionSettings
 from qjax.calibrate.fitted import quantized_kernels
 from qjax.calibrate.genome_forward import Candidates, GenomeNetwork, KernelFormat
+from qjax.calibrate.gptq_stage import GPTQ
 from qjax.calibrate.granularity_search import GranularitySearch
 from qjax.calibrate.recipe import Recipe, Stage, run
+from qjax.calibrate.requantize import with_leaves
 from qjax.calibrate.rollout import Items
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.student import Student
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.plan import Axes
 from qjax.core.quantize import tree_bytes
+from qjax.core.serialize import flatten
 from qjax.models.sampling import draw_noise, image_keys
+from qjax.models.smoothing_pairs import divided, foldable_pairs, multiplied
 from qjax.search_plot import save_fronts
 from qjax.zoo import judge
 
@@ -62,20 +76,32 @@ ROWS = (
     "+ group",
     "+ dynamic",
     "+ dynamic, samples",
+    "+ gptq",
     "+ search",
     "+ search, latent",
     "+ search, ilp",
+    "w8, static",
+    "w8, by step",
+    "w8, dynamic",
 )
+RANDOM = ("rtn", "+ group", "+ gptq", "+ search", "w8, static", "w8, by step")
+OUTLIERS = 16  # every so many channels is one
 
 
 def quant(row: str, bits: int, act_bits: int, group: int) -> QuantConfig:
     """The rules of a row, before any search."""
-    weight = WeightSpec(bits=bits, symmetric=False)
-    act = ActSpec(bits=act_bits, mode="static", granularity="per_tensor", symmetric=False)
-    if row != "rtn":
+    side = row.startswith("w8")
+    weight = WeightSpec(bits=8 if side else bits, symmetric=False)
+    mode = "per_step" if row == "w8, by step" else "static"
+    act = ActSpec(bits=act_bits, mode=mode, granularity="per_tensor", symmetric=False)
+    if side:
+        weight = dataclasses.replace(weight, granularity="per_group", group_size=group)
+        if row == "w8, dynamic":
+            act = dataclasses.replace(act, mode="dynamic", granularity="per_token")
+    elif row != "rtn":
         weight = dataclasses.replace(weight, granularity="per_group", group_size=group)
         act = dataclasses.replace(act, granularity="per_group", group_size=group)
-    if row not in ("rtn", "+ group"):
+    if not side and row not in ("rtn", "+ group"):
         act = dataclasses.replace(act, mode="dynamic")
     rules = (
         *recipes.EDGES,
@@ -89,20 +115,26 @@ def quant(row: str, bits: int, act_bits: int, group: int) -> QuantConfig:
 
 def stages(row: str, args: argparse.Namespace) -> tuple[Stage, ...]:
     """What follows the rules of a row."""
-    if row in ("rtn", "+ group"):
+    shared = {
+        "steps": args.steps,
+        "guidance_scale": GUIDANCE,
+        "data": CalibrationSet(items=args.search_images),
+    }
+    if row in ("rtn", "+ group", "w8, static", "w8, by step"):
         return (
             SerialParallel(
-                steps=args.steps,
-                guidance_scale=GUIDANCE,
-                data=CalibrationSet(items=args.search_images),
-                groups=1,
+                **shared,
+                groups=None if row == "w8, by step" else 1,
                 samples="float",
                 fits="ranges",
                 ranges="minmax",
             ),
         )
-    if row.startswith("+ dynamic"):
+    if "dynamic" in row:
         return ()
+    rounding = GPTQ(**shared)
+    if row == "+ gptq":
+        return (rounding,)
     objective = {"+ search": "fd", "+ search, latent": "latent", "+ search, ilp": "layers"}[row]
     half = args.population // 2
     return (
@@ -114,9 +146,7 @@ def stages(row: str, args: argparse.Namespace) -> tuple[Stage, ...]:
             solver="ilp" if row.endswith("ilp") else "evolution",
             features=str(judge.FOLDER) if objective == "fd" else None,
             reference=args.reference,
-            steps=args.steps,
-            guidance_scale=GUIDANCE,
-            data=CalibrationSet(items=args.search_images),
+            **shared,
             finalists=args.keep,
             evolution=EvolutionSettings(
                 population=args.population,
@@ -126,7 +156,55 @@ def stages(row: str, args: argparse.Namespace) -> tuple[Stage, ...]:
                 generations=args.generations,
             ),
         ),
+        rounding,
     )
+
+
+def with_outliers(pipe: qjax.Pipeline, factor: float) -> qjax.Pipeline:
+    """The same function, with some channels of layers' inputs `factor` times as large."""
+    leaves, changed = dict(flatten(pipe.params)), {}
+    none = (jnp.zeros((1, *pipe.shape)), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))
+    for pair in foldable_pairs(lambda: pipe.apply({"params": pipe.params}, *none)):
+        path = f"{pair.consumers[0]}/kernel"
+        s = jnp.ones(leaves[path].shape[0]).at[::OUTLIERS].set(1 / factor)
+        changed[path] = multiplied(changed.get(path, leaves[path]), s)
+        for fold in pair.producer:
+            changed[fold.leaf] = divided(changed.get(fold.leaf, leaves[fold.leaf]), s, fold)
+    return pipe.replace(params=with_leaves(pipe.params, changed))
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as tables: means over seeds, and their standard deviations."""
+    lines = []
+    settings = lambda row: (row["model"], row["bits"], row["outliers"])
+    for model, bits, outliers in dict.fromkeys(map(settings, rows)):
+        mine = [row for row in rows if settings(row) == (model, bits, outliers)]
+        first = mine[0]
+        said = f", channels planted that are {outliers:g} times as large" if outliers > 1 else ""
+        lines += [
+            "",
+            (
+                f"`{model}`, {bits}, groups of {first['group']}, {first['steps']} steps, "
+                f"{first['images']} pictures{said}"
+            ),
+            "",
+            "| row | seeds | latent error | FD to the float model | FD to real | kB | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name in sorted({row["row"] for row in mine}, key=ROWS.index):
+            found = [row for row in mine if row["row"] == name]
+
+            def shown(key: str, digits: int = 4, found: list[dict] = found) -> str:
+                values = [row[key] for row in found]
+                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+                return f"{np.mean(values):.{digits}f}{spread}"
+
+            lines.append(
+                f"| {name} | {len(found)} | {shown('latent_error')} | {shown('fd_to_float', 3)} | "
+                f"{shown('fd_to_real', 2)} | {found[0]['bytes'] / 1e3:,.0f} | "
+                f"{np.mean([row['seconds'] for row in found]):.0f} |"
+            )
+    return "\n".join(lines).strip()
 
 
 class SearchJudge(Judge):
@@ -163,7 +241,9 @@ class SearchJudge(Judge):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print what is known, and no more")
     parser.add_argument("--model", default="fashion-dit")
+    parser.add_argument("--outliers", type=float, default=1.0, help="factor of planted channels")
     parser.add_argument("--bits", nargs="+", default=["4/8", "3/8"], help="of weights and inputs")
     parser.add_argument("--group", type=int, default=32, help="the uniform group size")
     parser.add_argument("--steps", type=int, default=10)
@@ -179,15 +259,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
     args = parser.parse_args()
     known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    if args.table:
+        print(markdown(known))
+        return
     pipe = qjax.load(args.model)
+    if args.outliers > 1:
+        pipe = with_outliers(pipe, args.outliers)
     judged = None
     for bits, act_bits in (map(int, text.split("/")) for text in args.bits):
         for row in args.rows:
-            for seed in range(args.seeds if "search" in row else 1):
+            random = "search" in row or row in RANDOM
+            for seed in range(args.seeds if random else 1):
                 what = {
                     "model": args.model,
                     "bits": f"W{bits}A{act_bits}",
                     "group": args.group,
+                    "outliers": args.outliers,
                     "steps": args.steps,
                     "images": args.images,
                     "row": row,
@@ -214,7 +301,9 @@ def main() -> None:
                 recipe = Recipe(quant=config, stages=stages(row, args), name=row)
                 out = None
                 if args.work is not None and "search" in row:
-                    out = args.work / f"w{bits}a{act_bits}-{recipe.digest()}-{seed}"
+                    out = (
+                        args.work / f"w{bits}a{act_bits}-{args.outliers:g}-{recipe.digest()}-{seed}"
+                    )
                 events: list = []
                 start = time.perf_counter()
                 made = run(pipe, recipe, seed=seed, out=out, on_event=events.append)

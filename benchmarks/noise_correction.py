@@ -30,7 +30,7 @@ from calibration_ladder import GUIDANCE, quant
 
 import qjax
 from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection, left_of_noise
+from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection, noise_std_left
 from qjax.calibrate.noise_statistics import Correction, Moments
 from qjax.calibrate.recipe import Recipe, State, run
 from qjax.calibrate.serial_parallel import SerialParallel
@@ -90,7 +90,7 @@ def judged(
     error = sum(m.error(c) for m, c in zip(whole, corrections, strict=True))
     signal = sum(m.signal for m in whole)
     bias, floor, ratios = [], [], []
-    left = left_of_noise(np.asarray(entry["k"]), np.asarray(entry["variance"]), rows)
+    left = noise_std_left(np.asarray(entry["k"]), np.asarray(entry["variance"]), rows)
     for i, (step, correction) in enumerate(zip(parts, corrections, strict=True)):
         means = np.stack([bias_left(m, correction) for m in step])
         bias.append(bias_left(whole[i], correction))
@@ -99,8 +99,12 @@ def judged(
         std = rows["noise_std"][i]
         if std > 0 and left[i] > 0:
             spread = whole[i].error(correction) - float(np.mean(bias[-1] ** 2))
-            gain = rows["prediction_gain"][i]
-            ratios.append((left[i] ** 2 + gain**2 * spread) / std**2)
+            gain, direction = rows["prediction_gain"][i], rows["mean_from_noise"][i]
+            # The authors' program takes another direction, too.
+            other = float(np.asarray(entry.get("mean_from_noise", rows["mean_from_noise"]))[i])
+            gain = gain + (other - direction) * rows["noise_from_prediction"][i]
+            injected = left[i] ** 2 + gain**2 * spread + other**2 - direction**2
+            ratios.append(injected / std**2)
     rms = lambda values: float(np.sqrt(np.mean(np.square(values))))
     return {
         "error": float(np.sqrt(error / signal)),
@@ -114,10 +118,11 @@ def judged(
 def markdown(rows: list[dict]) -> str:
     """The rows as tables, one for each model and eta: means over seeds, standard deviations."""
     lines = []
-    for model, eta in dict.fromkeys((row["model"], row["eta"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["eta"]) == (model, eta)]
-        first = mine[0]
-        positive = sorted({row["k_positive"] for row in mine if row["variant"] == "+ bias"})
+    what = lambda row: tuple(row[name] for name in ("model", "bits", "steps", "images", "eta"))
+    for settings in dict.fromkeys(map(what, rows)):
+        mine = [row for row in rows if what(row) == settings]
+        first, (model, *_, eta) = mine[0], settings
+        positive = sorted({row["k_positive"] for row in mine})
         lines += [
             "",
             (
@@ -217,7 +222,7 @@ def main() -> None:
                     **judge(judge.draw(made)),
                     **judged(corrections, entry, parts, rows),
                     "k": [round(one.k, 4) for one in corrections],
-                    "k_positive": sum(one.k > 0 for one in corrections),
+                    "k_positive": sum(noise.moments.slope > 0 for noise in noises),
                     "slope": [round(noise.moments.slope, 4) for noise in noises],
                     "seconds": round(time.perf_counter() - start, 1),
                 }

@@ -118,7 +118,9 @@ def allocate_mean_bits(
         )
     weights = np.asarray(counts, np.int64)
     sizes = weights[:, None] * np.asarray(bits, np.int64)
-    return allocate(costs, sizes, budget=mean_bits * int(weights.sum()))
+    # Sums of whole bits: what a product of floats falls short by is none.
+    most = np.floor(mean_bits * int(weights.sum()) * (1 + 1e-12))
+    return allocate(costs, sizes, budget=float(most))
 
 
 def allocate_greedily(

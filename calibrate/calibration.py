@@ -80,9 +80,9 @@ class Calibration:
         self.pipe = student
         self.key = key
         steps = settings.check(teacher)
-        guided = settings.guidance_scale not in (None, 1.0)
-        self.scale = jnp.float32(settings.guidance_scale) if guided else None
-        self.items = settings.data.draw(teacher, jax.random.fold_in(key, 0), guided=guided)
+        scale = settings.guidance_scale
+        self.items = settings.data.draw(teacher, jax.random.fold_in(key, 0), guidance_scale=scale)
+        self.scale = self.items.scale(scale)
         self.rows = teacher.sampler.rows(steps, eta=settings.eta)
         self.calls = len(self.rows["t"])
         self.student = Student.of(student, teacher.params if floats is None else floats)

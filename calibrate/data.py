@@ -56,19 +56,27 @@ class CalibrationSet:
         if self.prompts and not pipe.reads_prompts:
             raise ValueError("this model reads labels, not prompts; give labels, or neither.")
 
-    def draw(self, pipe: Pipeline, key: PRNGKeyArray, *, guided: bool) -> Items:
+    def draw(
+        self, pipe: Pipeline, key: PRNGKeyArray, *, guidance_scale: float | None = None
+    ) -> Items:
         """The items for a pipeline.
 
         Args:
           pipe: The float pipeline.
           key: Of the noise.
-          guided: Whether the unconditional half is needed.
+          guidance_scale: Weight of the guidance, which needs the unconditional half, or which
+            the network is told; None or 1.0 for none.
 
         Raises:
           ValueError: If the set has no prompts for a model that reads them, or the other way
             round.
         """
-        told, null = pipe.condition(self.items, guided=guided, **self._words(pipe))
+        told, null = pipe.condition(
+            self.items,
+            guided=guidance_scale not in (None, 1.0),
+            guidance_scale=guidance_scale,
+            **self._words(pipe),
+        )
         keys = image_keys(key, jnp.arange(self.items, dtype=jnp.uint32))
         return Items(draw_noise(keys, pipe.shape), told, null, keys)
 

@@ -199,7 +199,7 @@ def macs_of_layers(
         jax.eval_shape(forward)
     if missing := [path for path in layers if path not in found]:
         raise ValueError(
-            f"the network did not run {name_some(missing)}, which are quantized. Quantize only "
-            "what a denoising step runs."
+            f"a denoising step did not run {name_some(missing)}. Name layers that it runs, and "
+            "quantize no others."
         )
     return found

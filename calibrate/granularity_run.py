@@ -112,10 +112,8 @@ class Search:
         self.entries = entries_of(self.floats, self.quant)
         self.layers = layers_of(self.entries, settings.layers)
         self.rows = self.teacher.sampler.rows(steps, eta=settings.eta)
-        guided = settings.guidance_scale not in (None, 1.0)
-        self.scale = jnp.float32(settings.guidance_scale) if guided else None
-        self.guided = guided
         self.items = self.drawn_items(0)
+        self.scale = self.items.scale(settings.guidance_scale)
         self.space = self.build_space()
         self.budget = self.build_budget()
         self.budget.check(self.space)
@@ -145,7 +143,9 @@ class Search:
     def drawn_items(self, number: int) -> Items:
         """Items of a noise of their own: 0 for the search, 1 for the finalists."""
         key = jax.random.fold_in(self.key, number)
-        return self.settings.data.draw(self.teacher, key, guided=self.guided)
+        return self.settings.data.draw(
+            self.teacher, key, guidance_scale=self.settings.guidance_scale
+        )
 
     def build_space(self) -> Space:
         """Layers, choices and costs; the network is run abstractly on one item."""

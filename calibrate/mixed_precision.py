@@ -154,9 +154,11 @@ class _Run:
         self.floats = floats
         self.params = float_params(floats, state.student.params)
         self.scores = _scores(settings, state.teacher)
-        guided = settings.guidance_scale not in (None, 1.0)
-        self.scale = jnp.float32(settings.guidance_scale) if guided else None
-        self.items = settings.data.draw(state.teacher, jax.random.fold_in(key, 0), guided=guided)
+        scale = settings.guidance_scale
+        self.items = settings.data.draw(
+            state.teacher, jax.random.fold_in(key, 0), guidance_scale=scale
+        )
+        self.scale = self.items.scale(scale)
         self.rows = state.teacher.sampler.rows(settings.steps, eta=settings.eta)
         self.group = shared_steps(len(self.rows["t"]), None)
         self.network = Network(

@@ -24,12 +24,12 @@ there with the variance `(g / (1 + k))^2 variance`, and that is taken from `sigm
 For other predictions `g` is multiplied by their part in it (`prediction_gain` of the rows), and
 k, mu and variance are of that prediction, be it v or x_0. A learned variance, in channels of
 its own, stays as the quantized network says. Where the rest is more than the schedule's noise
-none is added. Where x_0 is clipped less of the rest arrives than `g` says, and too much is
-taken off.
+none is added. Too much is taken off where x_0 is clipped, since less of the rest arrives than `g`
+says, and where k was below 0 (`noise_statistics.py`).
 
-What was found holds for one quantized network, sampler, number of steps, eta and guidance
-scale, which is what its key says: any other run is refused until it is fitted anew or left
-out (`Pipeline.retarget`).
+What was found holds for one quantized network, sampler with all its settings, number of steps,
+eta, guidance scale and rescale, which is what its key says: any other run is refused until it is
+fitted anew (`noise_refit.py`) or left out (`Pipeline.retarget`).
 
 References:
   He et al., PTQD: Accurate Post-Training Quantization for Diffusion Models, NeurIPS 2023,
@@ -37,35 +37,40 @@ References:
 """
 
 import dataclasses
-from typing import Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.noise_rollout import Driver, NoiseRollout, StepNoise, pack_step, unpack_step
+from qjax.calibrate.noise_rollout import NoiseRollout, StepNoise, pack_step, unpack_step
 from qjax.calibrate.noise_statistics import (
     Bias,
     Correction,
     Moments,
     Slope,
     fit_correction,
-    residual,
     residual_test,
 )
 from qjax.calibrate.recipe import State
-from qjax.calibrate.work import OnEvent, Work
+from qjax.calibrate.rollout import Driver
+from qjax.calibrate.work import Work
 from qjax.core.steps import StepTable, TableKey
 from qjax.core.typing import Array, Float, PRNGKeyArray
+from qjax.models.linear_sampler import absorbed_variance
 from qjax.models.pipeline import Pipeline
 from qjax.models.samplers import DDIM
-from qjax.models.saving import with_digest
 
-__all__ = ["ENTRY", "NoiseCorrection", "left_of_noise", "refit"]
+__all__ = ["ENTRY", "HOW", "NoiseCorrection", "noise_std_left"]
 
 ENTRY = "noise_correction"
 """Name of the entry in the step table."""
+
+HOW = ("driver", "correlated", "bias", "slope", "variance")
+"""Settings that the entry's key keeps, for whoever fits it again."""
 
 _LOGGED = 200.0  # dB, for an infinite ratio, which JSON has no number for
 
@@ -100,6 +105,8 @@ class NoiseCorrection:
     slope: Slope = "pooled"
     variance: Literal["paper", "released", "none"] = "paper"
     batch: int = 64
+
+    comes_last: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.batch < 1:
@@ -160,8 +167,7 @@ class NoiseCorrection:
             against=sum(noise.moments.slope <= 0 for noise in noises),
             steps=len(noises),
         )
-        run_key = self._key(state.student)
-        table = rollout.table.with_entry(ENTRY, entry, key=run_key)
+        table = rollout.table.with_entry(ENTRY, entry, key=self.key(state.student))
         return dataclasses.replace(state, student=state.student.replace(step_table=table))
 
     def collect(
@@ -180,30 +186,39 @@ class NoiseCorrection:
         steps, teacher, student = self.check(state.teacher), state.teacher, state.student
         table = student.step_table or StepTable()
         table = table.drop(ENTRY) if ENTRY in table.entries else table
-        table.check(self._key(student))
-        guided = self.guidance_scale not in (None, 1.0)
+        table.check(self.key(student))
+        scale = self.guidance_scale
+        items = self.data.draw(teacher, jax.random.fold_in(key, 0), guidance_scale=scale)
+        rows = student.sampler.rows(steps, eta=self.eta)
         rollout = NoiseRollout.of(
-            teacher,
-            student,
-            table,
-            teacher.sampler.rows(steps, eta=self.eta),
-            self.data.draw(teacher, jax.random.fold_in(key, 0), guided=guided),
-            guidance_scale=self.guidance_scale,
-            batch=self.batch,
+            teacher, student, table, rows, items, guidance_scale=scale, batch=self.batch
         )
         return rollout, self._steps(rollout, work)
 
-    def _key(self, student: Pipeline) -> TableKey:
-        """Of the run that the correction is for."""
+    def key(self, student: Pipeline) -> TableKey:
+        """Of the run that the correction is for, and how it was fitted."""
         assert self.steps is not None  # `check` has seen to it
-        return student.table_key(steps=self.steps, eta=self.eta, guidance_scale=self.guidance_scale)
+        how = {"items": self.data.items} | {name: getattr(self, name) for name in HOW}
+        key = student.table_key(steps=self.steps, eta=self.eta, guidance_scale=self.guidance_scale)
+        return dataclasses.replace(key, settings=json.dumps(how, sort_keys=True))
 
     def fit(self, moments: Moments) -> Correction:
         """What these settings correct of a step's noise."""
         return fit_correction(moments, correlated=self.correlated, bias=self.bias, slope=self.slope)
 
+    def row(self, moments: Moments, row: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """`entry` of one step.
+
+        Args:
+          moments: Of the step.
+          row: The sampler's.
+        """
+        rows = {name: np.asarray(value)[None] for name, value in row.items()}
+        entry = self.entry([self.fit(moments)], rows)
+        return {name: column[0] for name, column in entry.items()}
+
     def entry(
-        self, corrections: list[Correction], rows: dict[str, np.ndarray] | Any
+        self, corrections: Sequence[Correction], rows: Mapping[str, np.ndarray]
     ) -> dict[str, Array]:
         """The step table's entry: `k` and `variance` `[s]`, `mu` `[s, c]`.
 
@@ -214,11 +229,12 @@ class NoiseCorrection:
         k, variance = (
             np.asarray([getattr(one, name) for one in corrections]) for name in ("k", "variance")
         )
-        if self.variance == "none":
-            variance = np.zeros_like(variance)
+        # Where a step adds no noise there is nothing to take it from.
+        used = (rows["noise_std"] > 0) & (self.variance != "none")
+        variance = np.where(used, variance, 0.0)
         entry = {"k": k, "mu": np.stack([one.mu for one in corrections]), "variance": variance}
         if self.variance == "released":
-            left = left_of_noise(k, variance, rows)
+            left = noise_std_left(k, variance, rows)
             direction = rows["mean_from_noise"] ** 2 + rows["noise_std"] ** 2 - left**2
             entry["mean_from_noise"] = np.sqrt(np.maximum(direction, 0))
         return {name: jnp.asarray(column, jnp.float32) for name, column in entry.items()}
@@ -231,12 +247,13 @@ class NoiseCorrection:
         for i in range(done[-1] if done else 0, calls):
 
             def make(i: int = i, carry: Any = carry, before: Any = tuple(noises)) -> dict:
-                moved, found = rollout.step(i, carry, driver=self.driver, fit=self.fit)
+                moved, found = rollout.step(i, carry, driver=self.driver, correct=self.row)
                 return pack_step(moved, [*before, found])
 
             carry, noises = unpack_step(work.part(f"noise-{i}", make), carry)
             work.drop(f"noise-{i - 1}")
-            work.log("step", part="noise", step=i + 1, steps=calls, share=round((i + 1) / calls, 4))
+            share = round((i + 1) / calls, 4)
+            work.log("step", part="noise", step=i + 1, steps=calls, share=share)
         return noises
 
     def _words(
@@ -249,11 +266,11 @@ class NoiseCorrection:
     ) -> dict[str, Any]:
         """What the log says of a step."""
         moments = noise.moments
-        std = float(rollout.rows["noise_std"][i])
-        k, variance = (np.asarray(entry[name], np.float64)[i : i + 1] for name in ("k", "variance"))
-        row = {name: column[i : i + 1] for name, column in rollout.rows.items()}
-        left = float(left_of_noise(k, variance, row)[0])
-        test = residual_test(residual(noise.e, noise.d, correction.k))
+        std, left = float(rollout.rows["noise_std"][i]), None
+        if not is_learned(rollout.sampler):  # else the network says how much noise there is
+            k, variance = (np.asarray(entry[name], np.float64) for name in ("k", "variance"))
+            left = float(noise_std_left(k, variance, rollout.rows)[i])
+        test = residual_test(noise.e, noise.d, noise.channel, correction)
         return {
             "step": i,
             "t": float(rollout.rows["t"][i]),
@@ -264,7 +281,7 @@ class NoiseCorrection:
             "std": float(np.sqrt(correction.variance)),
             "snr": _decibels(moments.signal, moments.error()),
             "snr_corrected": _decibels(moments.signal, moments.error(correction)),
-            "noise_std": std,
+            "noise_std": None if left is None else std,
             "noise_std_left": left,
             "clipped": bool(std > 0 and left == 0),
             "skewness": test.skewness,
@@ -273,49 +290,23 @@ class NoiseCorrection:
         }
 
 
-def refit(
-    pipe: Pipeline,
-    teacher: Pipeline,
-    settings: NoiseCorrection,
-    *,
-    seed: int = 0,
-    on_event: OnEvent | None = None,
-) -> Pipeline:
-    """A quantized pipeline with a correction for another run, the ranges of its table kept.
-
-    Args:
-      pipe: The quantized pipeline; its other entries must be of the run's timesteps
-        (`Pipeline.retarget`).
-      teacher: The float one.
-      settings: Of the run, and of the correction.
-      seed: Of the items' noise.
-      on_event: Progress: called with every event of the log.
-
-    Raises:
-      ValueError: If an entry is of other settings, or the two are not of the same network.
-    """
-    made_of = None if pipe.source is None else pipe.source.sha256
-    if made_of is not None and with_digest(teacher).sha256 != made_of:
-        raise ValueError(
-            "noise is what parts a quantized network from the float one that it was made of; the "
-            "float params given have another hash than those it was made of. Give that model."
-        )
-    state = settings.run(State(teacher, pipe), jax.random.key(seed), Work(None, on_event))
-    return state.student
+def is_learned(sampler: Any) -> bool:
+    """Whether the variance of the sampler's noise is the network's to say."""
+    return str(getattr(sampler, "variance_type", "")).startswith("learned")
 
 
-def left_of_noise(
-    k: Float[np.ndarray, " s"], variance: Float[np.ndarray, " s"], rows: Any
+def noise_std_left(
+    k: Float[np.ndarray, " s"], variance: Float[np.ndarray, " s"], rows: Mapping[str, np.ndarray]
 ) -> Float[np.ndarray, " s"]:
     """The standard deviation that is left of the sampler's noise, as `linear_sampler.noise_left`.
 
     Args:
       k: Of every step.
       variance: Of the rest, at every step.
-      rows: Of the sampler, with `noise_std` and `prediction_gain`; that of a learned variance is
-        a factor, and what is left of it unknown here.
+      rows: Of the sampler, with `noise_std` and `prediction_gain`; where the variance is learned
+        `noise_std` is a factor, and what is left is unknown here.
     """
-    absorbed = (rows["prediction_gain"] / (1 + k)) ** 2 * variance
+    absorbed = absorbed_variance(rows["prediction_gain"], k, variance)
     return np.sqrt(np.maximum(rows["noise_std"] ** 2 - absorbed, 0))
 
 

@@ -12,24 +12,25 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibrate.noise_statistics import Correction, Moments
+from qjax.calibrate.noise_statistics import Moments
 from qjax.calibrate.parts import pack_tree, unpack_tree
-from qjax.calibrate.rollout import Items
+from qjax.calibrate.rollout import Driver, Items
 from qjax.core.steps import StepTable
-from qjax.core.typing import Apply, Array, Float, Params
+from qjax.core.typing import Apply, Array, Float, Int, Params
 from qjax.models.pipeline import Pipeline
 from qjax.models.samplers import Sampler, correct_prediction
 from qjax.models.sampling import draw_noise, guided_prediction
 
 __all__ = ["Carry", "NoiseRollout", "StepNoise", "pack_step", "unpack_step"]
 
-Driver = Literal["float", "quantized"]
+Correct = Callable[[Moments, Mapping[str, np.ndarray]], Mapping[str, Array]]
+"""Of a step's noise and the sampler's row, the row of the step table that corrects it."""
 
 VALUES = 1024
 """Values of a step's answers and noise that are kept, for its distribution."""
@@ -62,11 +63,13 @@ class StepNoise(NamedTuple):
       moments: Over all items.
       e: Some values of the float answer, `[VALUES]` or as many as there are.
       d: The noise at the same places.
+      channel: Of each.
     """
 
     moments: Moments
     e: Float[np.ndarray, " v"]
     d: Float[np.ndarray, " v"]
+    channel: Int[np.ndarray, " v"]
 
 
 @functools.partial(jax.jit, static_argnames=("sides",))
@@ -106,7 +109,7 @@ class NoiseRollout:
       teacher: Params of the float one.
       student: Params of the quantized one.
       table: Its step table, without a noise correction.
-      sampler: The sampler.
+      sampler: The student's.
       rows: `sampler.rows(steps, eta=eta)`.
       items: Where to begin, and what both are told.
       guidance_scale: Weight of the guidance; None for none.
@@ -141,10 +144,10 @@ class NoiseRollout:
             teacher=teacher.params,
             student=student.params,
             table=table,
-            sampler=teacher.sampler,
+            sampler=student.sampler,
             rows=rows,
             items=items,
-            guidance_scale=None if items.null is None else jnp.float32(guidance_scale),
+            guidance_scale=items.scale(guidance_scale),
             batch=batch,
         )
 
@@ -160,7 +163,7 @@ class NoiseRollout:
         return {name: jnp.asarray(column[i]) for name, column in self.rows.items()}
 
     def step(
-        self, i: int, carry: Carry, *, driver: Driver, fit: Callable[[Moments], Correction]
+        self, i: int, carry: Carry, *, driver: Driver, correct: Correct | None = None
     ) -> tuple[Carry, StepNoise]:
         """One step: the noise of it, and the samples of the next.
 
@@ -168,7 +171,8 @@ class NoiseRollout:
           i: Number of the step.
           carry: From the step before.
           driver: Whose answer moves the samples on.
-          fit: What is corrected of the noise where that is the quantized network's.
+          correct: What is corrected of the noise where that is the quantized network's; None
+            for nothing.
 
         Raises:
           ValueError: If an answer is not finite.
@@ -197,8 +201,8 @@ class NoiseRollout:
             kept.append(_some(e, q - e, -(-VALUES // len(parts)), seed=(i, a)))
         assert moments is not None
         correction = None
-        if driver == "quantized":
-            correction = jax.tree.map(jnp.float32, fit(moments)._asdict())
+        if driver == "quantized" and correct is not None:
+            correction = correct(moments, {name: c[i] for name, c in self.rows.items()})
         moved = [
             _advance(
                 self.sampler,
@@ -213,14 +217,15 @@ class NoiseRollout:
             for a, answer in zip(parts, moving, strict=True)
         ]
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moved)
-        e, d = (np.concatenate(values)[:VALUES] for values in zip(*kept, strict=True))
-        return Carry(*joined), StepNoise(moments, e, d)
+        values = (np.concatenate(column)[:VALUES] for column in zip(*kept, strict=True))
+        return Carry(*joined), StepNoise(moments, *values)
 
 
-def _some(e: np.ndarray, d: np.ndarray, count: int, *, seed: Any) -> tuple[np.ndarray, np.ndarray]:
-    """As many values of both, at the same random places."""
+def _some(e: np.ndarray, d: np.ndarray, count: int, *, seed: Any) -> tuple[np.ndarray, ...]:
+    """As many values of both, at the same random places, and their channels."""
     at = np.random.default_rng(seed).choice(e.size, min(count, e.size), replace=False)
-    return e.ravel()[at].astype(np.float32), d.ravel()[at].astype(np.float32)
+    values = (one.ravel()[at].astype(np.float32) for one in (e, d))
+    return *values, (at % e.shape[-1]).astype(np.int32)
 
 
 def pack_step(carry: Carry, noises: list[StepNoise]) -> dict[str, Any]:
@@ -231,7 +236,7 @@ def pack_step(carry: Carry, noises: list[StepNoise]) -> dict[str, Any]:
     arrays["sums"] = np.asarray(sums, np.float64).view(np.uint32)
     arrays["count"] = np.asarray([one.moments.count for one in noises], np.int32)
     for i, one in enumerate(noises):
-        arrays[f"e:{i}"], arrays[f"d:{i}"] = one.e, one.d
+        arrays[f"e:{i}"], arrays[f"d:{i}"], arrays[f"channel:{i}"] = one[1:]
     return arrays
 
 
@@ -241,7 +246,8 @@ def unpack_step(arrays: Mapping[str, Array], like: Carry) -> tuple[Carry, list[S
     sums = np.asarray(arrays["sums"]).view(np.float64)
     noises = [
         StepNoise(
-            Moments(int(n), *step), np.asarray(arrays[f"e:{i}"]), np.asarray(arrays[f"d:{i}"])
+            Moments(int(n), *step),
+            *(np.asarray(arrays[f"{name}:{i}"]) for name in ("e", "d", "channel")),
         )
         for i, (n, step) in enumerate(zip(np.asarray(arrays["count"]), sums, strict=True))
     ]

@@ -13,10 +13,13 @@ and the corrected answer is
     (q - mu) / (1 + k) = e + (D' - mu) / (1 + k)
 
 The paper takes no k below 0, `max(k, 0)`: where the noise runs against the answer nothing is
-divided, and `mu` and `variance` are those of the rest that is left with k = 0. Its line has one
-intercept for all channels, though a mean is taken off in each: where channels have biases of
-their own, their differences are mistaken for a slope. `slope="within"` takes the moments about
-each channel's means, which is least squares with all that is corrected.
+divided, and `mu` and `variance` are those of the rest that is left with k = 0. That rest still
+follows the answer, against it: the answer's variance is smaller for it, where a sampler takes
+it for independent noise, and absorbs too much.
+
+The paper's line has one intercept for all channels, though a mean is taken off in each: where
+channels have biases of their own, their differences are mistaken for a slope. `slope="within"`
+takes the moments about each channel's means, which is least squares with all that is corrected.
 
 Dividing by `1 + k` is not the best scalar. The answer of least squared error is
 
@@ -41,9 +44,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from qjax.core.typing import Float
+from qjax.core.typing import Float, Int
 
-__all__ = ["Bias", "Correction", "Moments", "Slope", "fit_correction", "residual", "residual_test"]
+__all__ = ["Bias", "Correction", "Moments", "Slope", "fit_correction", "residual_test"]
 
 Bias = Literal["residual", "total", "none"]
 Slope = Literal["pooled", "within", "mmse"]
@@ -193,13 +196,6 @@ def _ratio(above: np.ndarray, below: np.ndarray, otherwise: float) -> float:
     return float(above.sum() / below.sum()) if below.sum() > 0 else otherwise
 
 
-def residual(
-    e: Float[np.ndarray, "..."], d: Float[np.ndarray, "..."], k: float
-) -> Float[np.ndarray, "..."]:
-    """The rest D' of values of the answer and the noise."""
-    return np.asarray(d, np.float64) - k * np.asarray(e, np.float64)
-
-
 class ResidualTest(NamedTuple):
     """How near a sample of the rest is to a normal distribution.
 
@@ -215,12 +211,25 @@ class ResidualTest(NamedTuple):
     p_value: float
 
 
-def residual_test(values: Float[np.ndarray, " n"]) -> ResidualTest:
+def residual_test(
+    e: Float[np.ndarray, " n"],
+    d: Float[np.ndarray, " n"],
+    channel: Int[np.ndarray, " n"],
+    correction: Correction,
+) -> ResidualTest:
     """D'Agostino and Pearson's test of a sample of the rest (`scipy.stats.normaltest`).
 
-    Values that are all the same are none of a normal distribution: their p-value is 0.
+    The rest is taken about the bias of its channel. Values that are all the same are none of a
+    normal distribution: their p-value is 0.
+
+    Args:
+      e: Values of the float answer.
+      d: Of the noise.
+      channel: Of each.
+      correction: Of the step.
     """
-    x = np.asarray(values, np.float64)
+    mu = np.broadcast_to(correction.mu, (int(np.max(channel)) + 1,))
+    x = np.asarray(d, np.float64) - correction.k * np.asarray(e, np.float64) - mu[channel]
     if np.ptp(x) <= 1e-12 * max(float(np.abs(x).max()), 1e-300):
         return ResidualTest(0.0, 0.0, 0.0)
     return ResidualTest(

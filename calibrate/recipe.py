@@ -54,7 +54,8 @@ class Stage(Protocol):
     """A frozen dataclass of settings that improves a quantized pipeline.
 
     It may have a method `check(pipe)` that raises what can be told of the settings and the float
-    pipeline before anything is computed; `run` calls those of all stages first.
+    pipeline before anything is computed; `run` calls those of all stages first. One that is fitted
+    to the result of all others says so with `comes_last = True`.
     """
 
     def run(self, state: State, key: PRNGKeyArray, work: Work) -> State:
@@ -87,6 +88,12 @@ class Recipe:
         if wrong := [type(stage).__name__ for stage in self.stages if not _is_stage(stage)]:
             raise TypeError(
                 f"stages must be frozen dataclasses with run(state, key, work); got {', '.join(wrong)}."
+            )
+        early = [type(s).__name__ for s in self.stages[:-1] if getattr(s, "comes_last", False)]
+        if early:
+            raise ValueError(
+                f"{', '.join(early)} is fitted to what all others have made, and comes last; got "
+                f"{', '.join(type(stage).__name__ for stage in self.stages)}."
             )
 
     def with_settings(self, **changes: Any) -> "Recipe":

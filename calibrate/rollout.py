@@ -42,6 +42,10 @@ class Items(NamedTuple):
     null: Any
     keys: PRNGKeyArray
 
+    def scale(self, guidance_scale: float | None) -> Array | None:
+        """The weight of guidance by two halves; None without an unconditional half."""
+        return None if self.null is None else jnp.float32(guidance_scale)
+
 
 class Network(NamedTuple):
     """A network as the sampler runs it: hashable, arrays apart.

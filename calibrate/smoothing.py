@@ -116,8 +116,9 @@ class Smoothing:
         """
         teacher, student = state.teacher, state.student
         floats = teacher.params if state.floats is None else state.floats
-        guided = self.guidance_scale not in (None, 1.0)
-        items = self.data.draw(teacher, jax.random.fold_in(key, 0), guided=guided)
+        items = self.data.draw(
+            teacher, jax.random.fold_in(key, 0), guidance_scale=self.guidance_scale
+        )
         pairs = _chosen(teacher, student, floats, items, work)
         wanted = tuple(sorted({pair.consumers[0] for pair in pairs}))
         make = functools.partial(self._statistics, teacher, floats, items, wanted, work)
@@ -163,14 +164,13 @@ class Smoothing:
         """For every wanted layer the largest magnitudes of its input, and rows for a search."""
         rows = teacher.sampler.rows(self.steps, eta=self.eta)
         calls = len(rows["t"])
-        scale = self.guidance_scale
         buffer = roll_out(
             Network(teacher.apply, teacher.sampler, teacher.guidance_channels, ()),
             floats,
             items,
             rows,
             group=shared_steps(calls, 1),
-            guidance_scale=None if items.null is None else jnp.float32(scale),
+            guidance_scale=items.scale(self.guidance_scale),
             batch=self.batch,
             on_step=lambda i: work.log("step", part="statistics", step=i, steps=calls),
         )

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qjax.calibrate.allocation import allocate
+from qjax.calibrate.allocation import allocate, allocate_mean_bits
 from qjax.core.typing import Float
 
 __all__ = ["bounded_schedule", "budget_schedule", "ratio_schedule"]
@@ -44,14 +44,8 @@ def budget_schedule(
     Raises:
       ValueError: If `mean_bits` is less than the fewest bits.
     """
-    steps = len(costs)
-    if not mean_bits >= min(choices):
-        raise ValueError(
-            f"mean_bits must be at least {min(choices)}, the fewest of the choices "
-            f"{tuple(choices)}; got {mean_bits}."
-        )
-    sizes = np.tile(np.asarray(choices, np.float64), (steps, 1))
-    found = allocate(costs, sizes, budget=mean_bits * steps)
+    alike = np.ones(len(costs), np.int64)
+    found = allocate_mean_bits(costs, alike, choices, mean_bits=mean_bits)
     return [int(choices[k]) for k in found.chosen]
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,7 @@ from qjax.models.sampler_settings import Row, SamplerSettings, as_rows
 __all__ = [
     "VARIANCES",
     "LinearSampler",
+    "absorbed_variance",
     "noise_left",
     "prediction_coefficients",
     "threshold",
@@ -159,6 +161,17 @@ def prediction_coefficients(prediction_type: str, alpha_bar: np.ndarray) -> dict
         "noise_from_x": noise[0],
         "noise_from_prediction": noise[1],
     }
+
+
+def absorbed_variance(gain: Any, k: Any, variance: Any) -> Any:
+    """Variance in the next sample of what is left of quantization noise: `(gain / (1 + k))^2 v`.
+
+    Args:
+      gain: `prediction_gain` of the row.
+      k: What the prediction is divided by, less 1.
+      variance: v, of the rest of the noise before that.
+    """
+    return (gain / (1 + k)) ** 2 * variance
 
 
 def noise_left(row: Row, std: Array) -> Array:

@@ -216,11 +216,18 @@ class Pipeline:
         return remove_loras(self)
 
     def table_key(
-        self, *, steps: int, eta: float = 0.0, guidance_scale: float | None = None
+        self,
+        *,
+        steps: int,
+        eta: float = 0.0,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
     ) -> TableKey:
         """The settings of a run, as the entries of a step table are compared with them."""
         key = self.sampler.table_key(steps, eta=eta, guidance_scale=guidance_scale)
-        return dataclasses.replace(key, method=self.method)
+        return dataclasses.replace(
+            key, method=self.method, guidance_rescale=float(guidance_rescale)
+        )
 
     def retarget(
         self, *, steps: int, eta: float | None = None, guidance_scale: float | None = None
@@ -495,7 +502,12 @@ class Pipeline:
         rows = self.sampler.rows(steps, eta=eta)
         if self.step_table is not None:
             self.step_table.check(
-                self.table_key(steps=steps, eta=eta, guidance_scale=guidance_scale)
+                self.table_key(
+                    steps=steps,
+                    eta=eta,
+                    guidance_scale=guidance_scale,
+                    guidance_rescale=guidance_rescale,
+                )
             )
         key = check_key(key, needed=latents is None or bool(np.any(rows["noise_std"] > 0)))
         run = functools.partial(

@@ -175,6 +175,7 @@ def retargeted(
         run,
         eta=None if eta is None else run.eta,
         guidance_scale=None if guidance_scale is None else run.guidance_scale,
+        guidance_rescale=None,
     )
     old, new, fates = pipe.step_table or StepTable(), StepTable(), {}
     for name, key in old.keys:
@@ -252,11 +253,9 @@ def _quant(pipe: Pipeline, table: StepTable, key: TableKey, run: TableKey) -> St
             f"Activation ranges are resampled where only the timesteps differ; got {said}. "
             "Calibrate again at the run's settings."
         )
-    known = np.arange(len(schedule.alpha_bar))
-    at = lambda timesteps: np.interp(timesteps, known, schedule.alpha_bar)
     assert pipe.step_table is not None  # it has the entry
     rows = pipe.step_table.entries["quant"]
-    rows = resample_rows(rows, at(key.timesteps), at(run.timesteps))
+    rows = resample_rows(rows, schedule.at(key.timesteps), schedule.at(run.timesteps))
     return table.with_entry("quant", rows, key=dataclasses.replace(key, timesteps=run.timesteps))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -181,7 +183,13 @@ class SamplerSettings(abc.ABC):
             eta=eta,
             guidance_scale=1.0 if guidance_scale is None else float(guidance_scale),
             prediction_type=self.prediction_type,
+            sampler_config=self.digest(),
         )
+
+    def digest(self) -> str:
+        """A short hash of the settings."""
+        text = json.dumps(self.to_diffusers(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _check_eta(self, eta: float) -> None:
         """Raise for an `eta` in a sampler that has none."""

@@ -35,7 +35,7 @@ from qjax.core.typing import Array, Float
 from qjax.models.dpm_solver import DPMSolver
 from qjax.models.euler import Euler, EulerAncestral
 from qjax.models.lcm import LCM
-from qjax.models.linear_sampler import VARIANCES, LinearSampler
+from qjax.models.linear_sampler import VARIANCES, LinearSampler, absorbed_variance
 from qjax.models.pndm import PNDM
 from qjax.models.sampler_settings import Row, SamplerSettings
 
@@ -265,7 +265,7 @@ def correct_prediction(
     k, mu = correction["k"], correction["mu"]
     c = mu.shape[-1]
     corrected = (prediction[..., :c] - mu) / (1 + k)
-    absorbed = (row["prediction_gain"] / (1 + k)) ** 2 * correction["variance"]
+    absorbed = absorbed_variance(row["prediction_gain"], k, correction["variance"])
     changed = {"absorbed_variance": absorbed}
     if "mean_from_noise" in correction:
         changed["mean_from_noise"] = correction["mean_from_noise"]

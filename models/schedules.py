@@ -162,6 +162,10 @@ class Schedule:
         alpha_bar.flags.writeable = False
         return alpha_bar
 
+    def at(self, timesteps: Any) -> np.ndarray:
+        """`alpha_bar` at timesteps, in between where they are fractional, float64."""
+        return np.interp(timesteps, np.arange(len(self.alpha_bar)), self.alpha_bar)
+
     @property
     def log_snr(self) -> np.ndarray:
         """log(alpha_bar / (1 - alpha_bar)), `[T]`, falling; -inf where all is noise."""

@@ -107,10 +107,9 @@ def with_options(
         )
         if value is not None
     }
-    if data:
-        first: Any = next((s for s in recipe.stages if hasattr(s, "data")), None)
-        changes["data"] = dataclasses.replace(first.data if first else CalibrationSet(), **data)
     recipe = recipe.with_settings(**changes)
+    if data:
+        recipe = _with_data(recipe, data)
     if settings.iterations is None:
         return recipe
     fitting: list[Any] = [stage for stage in recipe.stages if hasattr(stage, "fit")]
@@ -118,6 +117,24 @@ def with_options(
         raise ValueError(f"--iterations: {recipe.name} has no stage that fits anything.")
     fit = dataclasses.replace(fitting[0].fit, iterations=settings.iterations)
     return recipe.with_settings(fit=fit)
+
+
+def _with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other data, of every stage what is not changed staying its own.
+
+    Raises:
+      ValueError: If no stage has data.
+    """
+    old: tuple[Any, ...] = recipe.stages
+    if not any(hasattr(stage, "data") for stage in old):
+        return recipe.with_settings(data=CalibrationSet(**changes))  # says which stages there are
+    stages = tuple(
+        dataclasses.replace(stage, data=dataclasses.replace(stage.data, **changes))
+        if hasattr(stage, "data")
+        else stage
+        for stage in old
+    )
+    return dataclasses.replace(recipe, stages=stages)
 
 
 def save_losses(out: Path) -> Path | None:

@@ -13,8 +13,9 @@ from PIL import Image, PngImagePlugin
 
 import qjax
 from qjax import report
-from qjax.calibrate.data import read_prompts
-from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection, refit
+from qjax.calibrate.data import CalibrationSet, read_prompts
+from qjax.calibrate.noise_correction import ENTRY
+from qjax.calibrate.noise_refit import refit, settings_of
 from qjax.cli_models import MODEL, SEED, load_model
 from qjax.cli_options import (
     Command,
@@ -103,9 +104,7 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     if suffix not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy; got {settings.out}.")
     pipe = load_model(settings.model, output)
-    if settings.retarget:
-        pipe = _retarget(pipe, settings, output)
-    elif settings.teacher is not None:
+    if settings.teacher is not None and not settings.retarget:
         raise ValueError("--teacher fits a noise correction again; it needs --retarget.")
     for file, weight in settings.lora or ():
         pipe = pipe.with_lora(file, scale=weight)
@@ -115,6 +114,9 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             f"{pipe.shape[-1]}; --out FILE.npy keeps them as numbers."
         )
     labels, prompts = label_numbers(settings.labels, pipe), prompt_lines(settings.prompts)
+    retargets: dict[str, str] = {}
+    if settings.retarget:
+        pipe, retargets = _retarget(pipe, settings, labels, prompts, output)
     count = settings.num_images or len(labels or prompts or [""])
     if labels is not None:
         labels = [labels[i % len(labels)] for i in range(count)]
@@ -131,6 +133,7 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         "guidance": settings.guidance,
         "eta": settings.eta,
         "seed": settings.seed,
+        "retargeted": retargets,
         "qjax": qjax.__version__,
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,26 +153,45 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     return said | {"out": settings.out, "num_images": count, "scale": scale, "seconds": seconds()}
 
 
-def _retarget(pipe: Pipeline, settings: SimpleNamespace, output: Output) -> Pipeline:
-    """The model with a step table that suits the run; says what became of every entry."""
-    run = {"steps": settings.steps, "eta": settings.eta}
+def _retarget(
+    pipe: Pipeline,
+    settings: SimpleNamespace,
+    labels: list[int] | None,
+    prompts: list[str] | None,
+    output: Output,
+) -> tuple[Pipeline, dict[str, str]]:
+    """The model with a step table that suits the run, and what became of every entry."""
     scale = 1.0 if settings.guidance is None else settings.guidance
-    teacher = None if settings.teacher is None else load_model(settings.teacher, output)
-    pipe, fates = retargeted(pipe, **run, guidance_scale=scale)
-    for name, fate in fates.items():
-        said = str(fate)
-        if name == ENTRY and fate.lost and teacher is not None:
-            with output.progress("correcting noise") as tell:
+    old = pipe
+    pipe, fates = retargeted(old, steps=settings.steps, eta=settings.eta, guidance_scale=scale)
+    said = {name: str(fate) for name, fate in fates.items()}
+    lost = ENTRY in fates and fates[ENTRY].lost
+    if lost and settings.teacher is not None:
+        teacher = load_model(settings.teacher, output)
+        data = CalibrationSet(
+            labels=tuple(labels or ()),
+            prompts=tuple(prompts or ()),
+            negative_prompts=settings.negative,
+        )
+        correction = settings_of(
+            old,
+            steps=settings.steps,
+            eta=settings.eta,
+            guidance_scale=settings.guidance,
+            data=data,
+        )
+        with output.progress("correcting noise") as tell:
 
-                def on_event(event: Mapping[str, Any], tell: Any = tell) -> None:
-                    if event["event"] == "step":
-                        tell(event["step"], event["steps"], "step of the sampler")
+            def on_event(event: Mapping[str, Any]) -> None:
+                if event["event"] == "step":
+                    tell(event["step"], event["steps"], "step of the sampler")
 
-                correction = NoiseCorrection(**run, guidance_scale=settings.guidance)
-                pipe = refit(pipe, teacher, correction, seed=settings.seed, on_event=on_event)
-            said = f"fitted again ({fate.reason})"
-        output.say(f"{name}: {said}")
-    return pipe
+            pipe = refit(pipe, teacher, correction, seed=settings.seed, on_event=on_event)
+        said[ENTRY] = f"fitted again ({fates[ENTRY].reason})"
+    elif settings.teacher is not None:
+        output.remark("--teacher was not needed: no noise correction had to be fitted again.")
+    output.say(*(f"{name}: {words}" for name, words in said.items()))
+    return pipe, said
 
 
 def _draw(

@@ -82,7 +82,7 @@ def models_to_show(*, everything: bool) -> list[str]:
 
 
 def recipes_to_show(model: str, *, everything: bool) -> tuple[str, ...]:
-    """The data-free recipes, or all combinations of the three systems that suit a model.
+    """The data-free recipes, or the three systems that suit a model, each and together.
 
     Models that differ in what they predict alone are shown with the data-free ones.
 
@@ -126,6 +126,8 @@ def run_demo(
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).exists():
         raise ValueError(f"the folder {out} is not empty and not of an earlier demo; name another.")
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / RESULTS).exists():
+        save_results(out, {})  # the folder is a demo's from now on, and can be gone on with
     work = {model: 2 * len(names[model]) + 2 + REPEATS for model in models}
     shown, begin = [], 0
     for model in models:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qjax.plots import line_plot, save_plot
 
-__all__ = ["noise_plot", "save_noise", "slope_plot"]
+__all__ = ["noise_plot", "normality_plot", "save_noise", "slope_plot"]
 
 
 def noise_plot(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -47,6 +47,29 @@ def slope_plot(steps: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def normality_plot(steps: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG document: how far what is left of the noise is from a normal distribution.
+
+    Args:
+      steps: As there.
+    """
+    x = [one["step"] for one in steps]
+    return line_plot(
+        {
+            "skewness": (x, [one["skewness"] for one in steps]),
+            "excess kurtosis": (x, [one["kurtosis"] for one in steps]),
+            "p-value of the test": (x, [one["p_normal"] for one in steps]),
+        },
+        title="The rest of the noise; all but the p-value are 0 for a normal distribution",
+        x_label="step of the sampler",
+        y_label="skewness, excess kurtosis, p-value",
+    )
+
+
+PLOTS = {"noise.svg": noise_plot, "slope.svg": slope_plot, "normality.svg": normality_plot}
+"""By the name of the file."""
+
+
 def save_noise(out: Path) -> list[Path]:
     """Plot the noise of all corrections in a run's folder, beside their logs.
 
@@ -62,8 +85,7 @@ def save_noise(out: Path) -> list[Path]:
         # A run that was killed may have told of its steps twice.
         found = {event["step"]: event for event in events if event["event"] == "noise"}
         steps = [found[step] for step in sorted(found)]
-        for name, draw in (("noise.svg", noise_plot), ("slope.svg", slope_plot)):
-            if steps:
-                save_plot(log.with_name(name), draw(steps))
-                made.append(log.with_name(name))
+        for name, draw in PLOTS.items() if steps else ():
+            save_plot(log.with_name(name), draw(steps))
+            made.append(log.with_name(name))
     return made

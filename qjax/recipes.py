@@ -151,7 +151,8 @@ def ptqd_w8a8(
         `with_settings(steps=...)` before it runs.
       eta: Share of fresh noise that it is fitted for.
       guidance_scale: Weight of the guidance that it is fitted for; None for none.
-      data: What it is calibrated on; None for 64 items of labels in turn, and 256 for the noise.
+      data: What it is calibrated on; None for 64 items of labels in turn, 256 for
+        the noise and 32 for bits by step.
 
     References:
       He et al., PTQD, NeurIPS 2023, https://arxiv.org/abs/2305.10657.

@@ -49,7 +49,7 @@ def corrected(tmp_path_factory):
 
 def test_the_noise_of_every_step_is_plotted(corrected):
     plots = sorted(corrected.glob("stage-1-noisecorrection-parts/*.svg"))
-    assert [plot.name for plot in plots] == ["noise.svg", "slope.svg"]
+    assert [plot.name for plot in plots] == ["noise.svg", "normality.svg", "slope.svg"]
     for plot in plots:
         assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
@@ -68,8 +68,12 @@ def test_a_correction_of_another_run_is_refused_until_it_is_retargeted(run, corr
     fitted = run(*words, "--retarget", "--teacher", MODEL)
     assert fitted.status == 0, fitted.err
     assert "noise_correction: fitted again (eta was 1.0, the run has 0.5)" in fitted.out
+    same = run(*words, "--retarget", "--teacher", saved)
+    assert same.status == 2 and "it is quantized itself" in same.err
+    said = json.loads(run(*words, "--retarget", "--json").out)
+    assert said["retargeted"]["quant"] == "kept"
     other = run(*words, "--retarget", "--teacher", "fashion-unet")
-    assert other.status == 2 and "Give that model" in other.err
+    assert other.status == 2 and "its params have another hash" in other.err
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ class TableKey:
     """What the network answers: `"epsilon"`, `"v_prediction"` or `"sample"`."""
     method: str | None = None
     """Name or hash of how weights and activations were quantized, bits included."""
+    guidance_rescale: float | None = None
+    """How far guidance is taken back to the spread of the conditional half, 0 to 1."""
+    sampler_config: str | None = None
+    """Hash of the sampler's settings: noise schedule, clipping, where the last step ends."""
+    settings: str | None = None
+    """How the entry was fitted, as JSON, for whoever fits it again; not compared."""
 
     def __post_init__(self) -> None:
         if self.timesteps is not None:
@@ -65,6 +71,8 @@ class TableKey:
         problems = []
         for field in dataclasses.fields(self):
             fitted, run = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "settings":
+                continue
             if fitted is None or run is None or fitted == run:
                 continue
             if field.name == "timesteps":

@@ -322,7 +322,7 @@ def drawn(candidates, genome, items, rows):
 
 def test_many_genomes_are_one_program_and_the_pipelines_they_stand_for(dit, student, counted):
     candidates, space, entries, traces = counted
-    items = CalibrationSet(items=6).draw(dit, jax.random.key(1), guided=True)
+    items = CalibrationSet(items=6).draw(dit, jax.random.key(1), guidance_scale=2.0)
     rows = dit.sampler.rows(2)
     genomes = [random_genome(space, Budget(), generator(i)) for i in range(5)]
     found = [drawn(candidates, genome, items, rows) for genome in genomes]

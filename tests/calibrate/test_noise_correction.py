@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 
 from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection, left_of_noise
+from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection, noise_std_left
+from qjax.calibrate.noise_refit import refit, settings_of
 from qjax.calibrate.noise_rollout import NoiseRollout, pack_step, unpack_step
-from qjax.calibrate.noise_statistics import Correction, fit_correction
+from qjax.calibrate.noise_statistics import Correction
 from qjax.calibrate.recipe import Recipe, State, run
 from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.work import Work
@@ -19,6 +22,9 @@ from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.metrics import relative_l2
 from qjax.core.steps import StepTable
 from qjax.models import linear_sampler
+from qjax.models.dpm_solver import DPMSolver
+from qjax.models.euler import EulerAncestral
+from qjax.models.lcm import LCM
 from qjax.models.loading import load_pipeline
 from qjax.models.pipeline import Pipeline
 from qjax.models.pndm import PNDM
@@ -115,7 +121,7 @@ def test_ddpm_and_ddim_absorb_the_same_of_their_noise(monkeypatch):
     for sampler in (DDIM(**settings), DDPM(**settings)):
         # The last step ends at alpha_bar 1, where DDPM adds no noise and DDIM has none.
         rows = {name: column[:-1] for name, column in sampler.rows(20, eta=1.0).items()}
-        left.append(left_of_noise(k, variance, rows))
+        left.append(noise_std_left(k, variance, rows))
     assert left[0].dtype == np.float64
     np.testing.assert_allclose(*left, rtol=1e-10)
 
@@ -131,7 +137,7 @@ def test_the_released_mode_leaves_more_noise_than_the_paper():
     variance = np.full(20, 0.05)
     stage = NoiseCorrection(steps=20, eta=1.0, variance="released")
     entry = stage.entry([Correction(0.0, np.zeros(4), v) for v in variance], rows)
-    left = left_of_noise(np.zeros(20), variance, rows)
+    left = noise_std_left(np.zeros(20), variance, rows)
     direction = np.asarray(entry["mean_from_noise"], np.float64)
     gain = rows["prediction_gain"] - rows["mean_from_noise"] + direction
     total = direction**2 + left**2 + gain**2 * variance
@@ -206,17 +212,92 @@ def test_a_packed_step_is_the_same_when_unpacked():
         pipe_of(noisy),
         StepTable(),
         DDIM(schedule=SCHEDULE).rows(STEPS),
-        DATA.draw(pipe_of(plain), KEY, guided=False),
+        DATA.draw(pipe_of(plain), KEY),
         guidance_scale=None,
         batch=16,
     )
-    carry, noise = rollout.step(0, rollout.begin(), driver="float", fit=fit_correction)
+    carry, noise = rollout.step(0, rollout.begin(), driver="float")
     packed = {name: jnp.asarray(value) for name, value in pack_step(carry, [noise]).items()}
     again, (found,) = unpack_step(packed, carry)
     np.testing.assert_array_equal(again.x_t, carry.x_t)
     assert dataclasses.astuple(found.moments)[0] == noise.moments.count
     np.testing.assert_array_equal(found.moments.ed, noise.moments.ed)
     np.testing.assert_array_equal(found.d, noise.d)
+
+
+@pytest.mark.parametrize("variance", ["paper", "released", "none"])
+def test_own_samples_are_those_that_the_corrected_sampler_makes(variance):
+    slope = "mmse" if variance == "none" else "pooled"
+    stage = NoiseCorrection(
+        steps=STEPS, eta=1.0, data=DATA, driver="quantized", variance=variance, slope=slope
+    )
+    state = State(pipe_of(plain, rest=0.2), pipe_of(noisy, rest=0.2))
+    rollout, _ = stage.collect(state, KEY, Work())
+    carry, seen = rollout.begin(), []
+    for i in range(STEPS):
+        seen.append(carry.x_t)
+        carry, _ = rollout.step(i, carry, driver="quantized", correct=stage.row)
+    pipe = stage.run(state, KEY, Work()).student
+    key = jax.random.fold_in(KEY, 0)  # of the stage's items
+    settings = {"num_images": DATA.items, "key": key, "eta": 1.0, "return_trajectory": True}
+    x_0, trajectory = pipe(steps=STEPS, output="latent", **settings)
+    np.testing.assert_allclose(trajectory.x_t, jnp.stack(seen), atol=1e-4)
+    np.testing.assert_allclose(x_0, carry.x_t, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_noise_of_other_predictions_is_found_and_taken_back(prediction_type):
+    sampler = DDIM(schedule=SCHEDULE, clip_sample=False, prediction_type=prediction_type)
+    stage = NoiseCorrection(steps=STEPS, eta=1.0, data=DATA, slope="within")
+    pipe = corrected(stage, sampler=sampler)
+    np.testing.assert_allclose(pipe.step_table.entries[ENTRY]["k"], K, rtol=1e-3)
+    expected = draw(pipe_of(plain, sampler))
+    assert relative_l2(draw(pipe), expected) < 0.01
+    assert relative_l2(draw(pipe_of(noisy, sampler)), expected) > 0.1
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        EulerAncestral(schedule=SCHEDULE, timestep_spacing="leading"),
+        DPMSolver(schedule=SCHEDULE, algorithm_type="sde-dpmsolver++"),
+        LCM(schedule=SCHEDULE, original_inference_steps=20),
+    ],
+    ids=["euler_ancestral", "dpm_solver_sde", "lcm"],
+)
+def test_other_samplers_that_add_noise_are_corrected(sampler):
+    stage = NoiseCorrection(steps=STEPS, data=DATA, slope="within")
+    pipe = corrected(stage, rest=0.1, sampler=sampler)
+    variance = np.asarray(pipe.step_table.entries[ENTRY]["variance"])
+    adds = sampler.rows(STEPS)["noise_std"] > 0
+    assert adds.any() and (variance[adds] > 0).all() and not variance[~adds].any()
+    wanted = draw(pipe_of(plain, sampler, rest=0.1), eta=0.0)
+    errors = [relative_l2(draw(p, eta=0.0), wanted) for p in (pipe, pipe_of(noisy, sampler, 0.1))]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_other_settings_of_the_sampler_or_a_rescale_are_refused():
+    pipe = corrected(NoiseCorrection(steps=STEPS, eta=1.0, data=DATA))
+    other = DDIM(schedule=SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    with pytest.raises(ValueError, match="sampler_config was"):
+        draw(pipe.replace(sampler=other))
+    key = pipe.table_key(steps=STEPS, eta=1.0, guidance_rescale=0.7)
+    with pytest.raises(ValueError, match=r"guidance_rescale was 0\.0, the run has 0\.7"):
+        pipe.step_table.check(key)
+
+
+def test_a_correction_fitted_again_is_that_of_a_fresh_fit():
+    stage = NoiseCorrection(steps=STEPS, eta=1.0, data=DATA, slope="within", driver="quantized")
+    pipe, teacher = corrected(stage), pipe_of(plain)
+    settings = settings_of(pipe, steps=STEPS, eta=0.5, data=CalibrationSet(items=3))
+    assert settings == dataclasses.replace(stage, eta=0.5)
+    with pytest.warns(UserWarning, match="left out what was fitted for another run"):
+        plain_again = pipe.retarget(steps=STEPS, eta=0.5)
+    again = refit(plain_again, teacher, settings)
+    fresh = corrected(settings)
+    for name, column in fresh.step_table.entries[ENTRY].items():
+        np.testing.assert_array_equal(column, again.step_table.entries[ENTRY][name])
+    assert draw(again, eta=0.5).shape == (64, 8, 8, 2)
 
 
 PER_STEP = ActSpec(bits=4, mode="per_step", granularity="per_tensor", symmetric=False)
@@ -247,9 +328,18 @@ def test_a_correction_stands_beside_the_ranges_of_a_stage_before(calibrated):
     assert pipe.step_table.key(ENTRY).guidance_scale == 2.0
 
 
-def test_a_saved_correction_draws_the_same_bits(calibrated):
+def test_a_saved_correction_draws_the_same_bits_in_a_new_process(calibrated, tmp_path):
     pipe, folder = calibrated
     np.testing.assert_array_equal(guided(load_pipeline(folder)), guided(pipe))
+    code = (
+        "import sys, jax, numpy, qjax;"
+        "images = qjax.load(sys.argv[1])(labels=[0, 1, 2], steps=3, eta=1.0, guidance_scale=2.0,"
+        " key=jax.random.key(1));"
+        "numpy.save(sys.argv[2], images)"
+    )
+    made = tmp_path / "images.npy"
+    subprocess.run([sys.executable, "-c", code, str(folder), str(made)], check=True)
+    np.testing.assert_array_equal(np.load(made), guided(pipe))
     plain = pipe.replace(step_table=pipe.step_table.drop(ENTRY))
     assert np.abs(guided(plain) - guided(pipe)).max() > 0
 

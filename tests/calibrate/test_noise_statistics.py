@@ -9,7 +9,6 @@ from qjax.calibrate.noise_statistics import (
     Correction,
     Moments,
     fit_correction,
-    residual,
     residual_test,
 )
 
@@ -134,8 +133,14 @@ def test_answers_that_are_not_finite_raise():
 def test_normal_noise_passes_the_test_and_uniform_noise_does_not():
     rng = np.random.default_rng(0)
     e = rng.normal(size=1000)
-    assert residual_test(residual(e, 0.3 * e + rng.normal(size=1000), 0.3)).p_value > 0.01
-    uniform = residual_test(rng.uniform(size=1000))
+    channel = rng.integers(0, 2, 1000)
+    # Of biases of its own in every channel, which the correction takes off.
+    correction = Correction(0.3, np.array([0.0, 5.0]), 1.0)
+    d = 0.3 * e + correction.mu[channel] + rng.normal(size=1000)
+    assert residual_test(e, d, channel, correction).p_value > 0.01
+    plain, first = Correction(0.0, np.zeros(1), 1.0), np.zeros(1000, int)
+    assert residual_test(e, d, first, plain).p_value < 0.01
+    uniform = residual_test(e, rng.uniform(size=1000), first, plain)
     assert uniform.p_value < 0.01
     assert uniform.kurtosis == pytest.approx(-1.2, abs=0.1)
-    assert residual_test(np.zeros(100)).p_value == 0
+    assert residual_test(e, np.zeros(1000), first, plain).p_value == 0

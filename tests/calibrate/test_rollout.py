@@ -23,7 +23,7 @@ SCALE = jnp.float32(2.0)
 def setting(dit, quantize):
     """A student, its items and its rows: guided DDIM with fresh noise."""
     student = Student.of(quantize(dit), dit.params)
-    items = CalibrationSet(items=6).draw(dit, jax.random.key(1), guided=True)
+    items = CalibrationSet(items=6).draw(dit, jax.random.key(1), guidance_scale=2.0)
     return student, items, dit.sampler.rows(STEPS, eta=1.0)
 
 
@@ -107,7 +107,7 @@ def test_ranges_of_a_layer_are_of_inputs_quantized_before_it(dit, quantize):
     """With 2-bit inputs the second layer sees something else than in float."""
     coarse = ActSpec(bits=2, mode="per_step", granularity="per_tensor", symmetric=False)
     rough = Student.of(quantize(dit, act=coarse), dit.params)
-    items = CalibrationSet(items=4).draw(dit, jax.random.key(1), guided=False)
+    items = CalibrationSet(items=4).draw(dit, jax.random.key(1))
     rows = dit.sampler.rows(1)
     options = {"group": shared_steps(1, None)}
     fine = Student.of(quantize(dit), dit.params)
@@ -142,7 +142,7 @@ def test_steps_that_share_a_range_have_the_union_of_theirs(setting, dit):
 def test_a_multistep_sampler_is_indexed_by_call_and_keeps_its_history(dit, quantize):
     pipe = dit.replace(sampler=PNDM(schedule=dit.sampler.schedule))
     student = Student.of(quantize(pipe), pipe.params)
-    items = CalibrationSet(items=2).draw(pipe, jax.random.key(0), guided=False)
+    items = CalibrationSet(items=2).draw(pipe, jax.random.key(0))
     rows = pipe.sampler.rows(5)
     calls = len(rows["t"])
     assert calls > 5 and len(set(rows["t"].tolist())) < calls  # a timestep is visited twice
@@ -177,7 +177,7 @@ def test_groups_of_channels_have_ranges_of_their_own(key):
 def test_dynamic_ranges_need_no_fitting(dit, quantize):
     student = Student.of(quantize(dit, act=ActSpec()), dit.params)
     assert empty(student.formats) == {}
-    items = CalibrationSet(items=4).draw(dit, jax.random.key(1), guided=False)
+    items = CalibrationSet(items=4).draw(dit, jax.random.key(1))
     buffer = roll_out(
         student.network(dit, "minmax"),
         student.params,

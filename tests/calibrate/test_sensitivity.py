@@ -39,7 +39,7 @@ NET = FeatureNetConfig(channels=(4, 6, 8), num_features=3, num_classes=2)
 
 def samples_of(pipe, count: int = 4, batches: int = 2):
     """Batches of noise at steps of DDIM, told every label in turn, both halves of guidance."""
-    items = CalibrationSet(items=count).draw(pipe, jax.random.key(5), guided=True)
+    items = CalibrationSet(items=count).draw(pipe, jax.random.key(5), guidance_scale=2.0)
     t, group = np.array([66, 33, 0], np.int32), np.arange(3, dtype=np.int32)
     x_t = np.stack([np.asarray(items.x_T)] * 3)
     buffer = Buffer(x_t, x_t[0], [], 0)

@@ -167,15 +167,15 @@ def test_a_recipe_has_a_lasting_hash(student):
 
 
 def test_items_do_not_depend_on_how_many_there_are(dit, key):
-    few = CalibrationSet(items=3).draw(dit, key, guided=True)
-    many = CalibrationSet(items=7).draw(dit, key, guided=True)
+    few = CalibrationSet(items=3).draw(dit, key, guidance_scale=2.0)
+    many = CalibrationSet(items=7).draw(dit, key, guidance_scale=2.0)
     np.testing.assert_array_equal(few.x_T, many.x_T[:3])
     assert few.told.tolist() == [0, 1, 2] and few.null.tolist() == [3, 3, 3]
 
 
 def test_sets_that_do_not_suit_the_model_are_refused(dit, key):
     with pytest.raises(ValueError, match="reads labels, not prompts"):
-        CalibrationSet(prompts=("a cat",)).draw(dit, key, guided=False)
+        CalibrationSet(prompts=("a cat",)).draw(dit, key)
     with pytest.raises(ValueError, match="items must be at least 1"):
         CalibrationSet(items=0)
 

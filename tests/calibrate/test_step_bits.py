@@ -12,10 +12,12 @@ import pytest
 from qjax.calibrate.bit_operations import LayerOperations, bops, gain, gain_of_share, operations_of
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.noise_correction import ENTRY, NoiseCorrection
-from qjax.calibrate.recipe import Recipe, run
+from qjax.calibrate.recipe import Recipe, State, run
 from qjax.calibrate.serial_parallel import SerialParallel
-from qjax.calibrate.step_bits import StepBits, noise_after, scheduled
+from qjax.calibrate.step_bits import StepBits
+from qjax.calibrate.step_bits_run import noise_after, scheduled
 from qjax.calibrate.step_schedule import bounded_schedule, budget_schedule, ratio_schedule
+from qjax.calibrate.work import Work
 from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.metrics import relative_l2
 
@@ -196,11 +198,26 @@ def test_costs_of_the_next_sample_give_a_schedule(made, settings):
 
 
 def test_a_schedule_leaves_out_a_correction_that_was_fitted_before_it(dit):
-    stages = (RANGES, NoiseCorrection(**SETTINGS), StepBits(bits=(4, 8), **SETTINGS))
-    pipe = run(dit, Recipe(quant=CONFIG, stages=stages))
+    bits, correction = StepBits(bits=(4, 8), **SETTINGS), NoiseCorrection(**SETTINGS)
+    pipe = run(dit, Recipe(quant=CONFIG, stages=(RANGES, correction)))
+    assert set(pipe.step_table.entries) == {"quant", ENTRY}
+    pipe = bits.run(State(dit, pipe), jax.random.key(0), Work()).student
     assert set(pipe.step_table.entries) == {"quant"}
-    after = run(dit, Recipe(quant=CONFIG, stages=(RANGES, stages[2], stages[1])))
-    assert set(after.step_table.entries) == {"quant", ENTRY}
+    with pytest.raises(ValueError, match="NoiseCorrection is fitted to what all others have made"):
+        Recipe(quant=CONFIG, stages=(RANGES, correction, bits))
+
+
+def test_sums_of_bits_are_whole():
+    # 4.64 * 25 is a little less than 116 in floats: four steps of 8 bits, the others of 4.
+    costs = np.stack([np.linspace(1, 2, 25), np.zeros(25)], axis=1)
+    assert sum(budget_schedule(costs, (4, 8), mean_bits=4.64)) == 116
+
+
+def test_progress_never_goes_back_and_ends_at_1(made):
+    for settings in ({"bits": (4, 4, 8)}, {"choices": (3, 8), "mean_bits": 5.5}):
+        shares = [event["share"] for event in made(**settings)[1] if event["event"] == "step"]
+        own = shares[STEPS:]  # after those of the stage before
+        assert own == sorted(own) and own[-1] == 1.0
 
 
 def test_rows_of_a_schedule_are_those_of_its_widths():
@@ -223,6 +240,8 @@ def test_the_noise_after_a_step_is_that_of_the_next_timestep(dit):
         ({"bits": (5,)}, r"bits must be of choices=\(4, 8\); got \(5,\)"),
         ({"margin": 0.1, "choices": (4, 9)}, "choices must be bits from 2 to 8"),
         ({"margin": 0.1, "cost": "all"}, "cost must be last or next"),
+        ({"mean_bits": 3.0}, "mean_bits must be at least 4"),
+        ({"max_error": 0.1, "cost": "next"}, "an error of the last samples"),
     ],
 )
 def test_settings_that_do_not_go_together_raise(settings, message):

@@ -1,0 +1,169 @@
+"""Where in a run are bits needed? `python benchmarks/step_bits.py MODEL`
+
+A shipped model with 8-bit weights, and inputs of 4, 6 or 8 bits by the step of the sampler:
+20 steps, guidance 2, the same bit operations for all but the first two rows. Ranges of
+every width are its own, the schedules share weights and program.
+
+| row | bits of the inputs |
+|---|---|
+| all 8, all 4 | 8, or 4, at all steps |
+| uniform | 6 at all steps |
+| early low | 4 in the first half, 8 in the second |
+| late low | 8 in the first half, 4 in the second |
+| chosen, last | of 4, 6 and 8, by the error that each step alone brings into the last samples |
+| chosen, next | by the noise that it brings into the next sample |
+
+Latent error is the relative L2 distance of the last latents to those of the float model, from
+noise that nothing was fitted on. Rows in the result file are kept. Writes
+`benchmarks/results/step_bits.json` and, of the first seed, `docs/pictures/step_bits_MODEL.svg`;
+without MODEL it prints tables.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from _judge import Judge
+from _timing import RESULTS, environment
+from calibration_ladder import GUIDANCE, quant
+
+import qjax
+from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.recipe import Recipe, run
+from qjax.calibrate.serial_parallel import SerialParallel
+from qjax.calibrate.step_bits import StepBits
+from qjax.plots import line_plot, save_plot
+
+NAME = "step_bits"
+WEIGHT_BITS, CHOICES = 8, (4, 6, 8)
+EVALUATION_SEED = 20251
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+
+
+def schedules(steps: int) -> dict[str, dict]:
+    """Settings of `StepBits` by row."""
+    half = steps // 2
+    return {
+        "all 8": {"bits": (8,)},
+        "all 4": {"bits": (4,)},
+        "uniform": {"bits": (6,)},
+        "early low": {"bits": (*(4,) * half, 8)},
+        "late low": {"bits": (*(8,) * half, 4)},
+        "chosen, last": {"mean_bits": 6.0},
+        "chosen, next": {"mean_bits": 6.0, "cost": "next"},
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as tables, one for each model: means over seeds, and their standard deviations."""
+    lines = []
+    what = lambda row: tuple(row[name] for name in ("model", "steps", "images"))
+    for settings in dict.fromkeys(map(what, rows)):
+        mine = [row for row in rows if what(row) == settings]
+        model = settings[0]
+        lines += [
+            "",
+            f"`{model}`, W{WEIGHT_BITS}, {mine[0]['steps']} steps, {mine[0]['images']} pictures",
+            "",
+            "| row | seeds | mean bits | fewer bit operations | latent error | FD | schedule |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name in dict.fromkeys(row["row"] for row in mine):
+            found = [row for row in mine if row["row"] == name]
+            errors = [row["latent_error"] for row in found]
+            spread = f" ± {np.std(errors, ddof=1):.4f}" if len(errors) > 1 else ""
+            lines.append(
+                f"| {name} | {len(found)} | {found[0]['mean_bits']:.2f} | "
+                f"{found[0]['gain']:.1f}x | {np.mean(errors):.4f}{spread} | "
+                f"{np.mean([row['fd_to_float'] for row in found]):.2f} | "
+                f"{found[0]['schedule'].replace(' ', '')} |"
+            )
+    return "\n".join(lines).strip()
+
+
+def draw_costs(model: str, costs: list[dict]) -> str:
+    """An SVG document: the error that few bits at one step alone bring about."""
+    x = [one["step"] for one in costs]
+    return line_plot(
+        {
+            f"{bits} bits at this step, {CHOICES[-1]} at the others": (
+                x,
+                [one[f"cost_{bits}"] ** 0.5 for one in costs],
+            )
+            for bits in CHOICES[:-1]
+        },
+        title=f"Where bits are needed: {model}",
+        x_label="step of the sampler",
+        y_label="relative L2 error of the last samples",
+        log_y=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="leave it out to see what is known as tables")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    path = RESULTS / f"{NAME}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    if args.model is None:
+        print(markdown(known))
+        return
+    pipe, judge = qjax.load(args.model), None
+    shared = {
+        "steps": args.steps,
+        "guidance_scale": GUIDANCE,
+        "data": CalibrationSet(items=32),
+        "ranges": "mse",
+    }
+    ranges = SerialParallel(fits="ranges", samples="float", **shared)
+    for seed in range(args.seeds):
+        for row, settings in schedules(args.steps).items():
+            what = {
+                "model": args.model,
+                "steps": args.steps,
+                "images": args.images,
+                "row": row,
+                "seed": seed,
+            }
+            if any(what.items() <= one.items() for one in known):
+                continue
+            judge = judge or Judge(
+                pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED
+            )
+            choices = CHOICES if "mean_bits" in settings else tuple(set(settings["bits"]))
+            bits = StepBits(**(shared | settings | {"choices": choices}))
+            recipe = Recipe(quant=quant(WEIGHT_BITS, 8), stages=(ranges, bits), name=row)
+            events = []
+            start = time.perf_counter()
+            made = run(pipe, recipe, seed=seed, on_event=events.append)
+            seconds = time.perf_counter() - start
+            said = next(event for event in events if event["event"] == "schedule")
+            costs = [event for event in events if event["event"] == "cost"]
+            result = {
+                **what,
+                **judge(judge.draw(made)),
+                "schedule": said["bits"],
+                "mean_bits": said["mean_bits"],
+                "gain": said["gain"],
+                "expected": float(np.sqrt(sum(c[f"cost_{c['bits']}"] for c in costs)))
+                if settings.get("cost") != "next" and costs
+                else None,
+                "measured": said["error"] if costs else None,  # to 8 bits throughout
+                "seconds": round(seconds, 1),
+            }
+            known.append(result)
+            print(json.dumps(result), flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            document = {"benchmark": NAME, "environment": environment(), "rows": known}
+            path.write_text(json.dumps(document, indent=1) + "\n")
+            if row == "chosen, last" and seed == 0:
+                save_plot(PICTURES / f"step_bits_{args.model}.svg", draw_costs(args.model, costs))
+
+
+if __name__ == "__main__":
+    main()
