@@ -9,7 +9,6 @@ pictures from the same noise, which was not calibrated on.
 |---|---|---|
 | nearest | of the float network | ranges |
 | parallel | of the float network | AdaRound, block by block (Q-Diffusion, TFMQ-DM) |
-| parallel, slower | of the float network | the same with rate 0.01 (0.03) and strength 1 (0.1) |
 | parallel, network | of the float network | the network at once, as in serial-to-parallel |
 | serial | own, online | the network, step after step (EfficientDM) |
 | register | own, online | the network, all steps at once (shift register) |
@@ -92,10 +91,8 @@ def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ..
     if row.startswith("parallel"):
         # A float-driven roll-out evaluates both networks.
         count = iterations(2 * roll_out + answers)
-        if row in ("parallel", "parallel, slower"):
+        if row == "parallel":
             fit = FitSettings(weights="adaround", batch=BATCH, iterations=count)
-            if row == "parallel, slower":
-                fit = dataclasses.replace(fit, weight_rate=0.01, strength=1.0)
             return (SerialParallel(samples="float", fit=fit, pairs=PAIRS, **shared),)
         fit = dataclasses.replace(latent, iterations=count)
         return (SerialParallel(samples="float", fits="network", fit=fit, pairs=PAIRS, **shared),)
@@ -136,7 +133,6 @@ def stages(row: str, steps: int, bits: float, max_bytes: int) -> tuple[Stage, ..
 ROWS = (
     "nearest",
     "parallel",
-    "parallel, slower",
     "parallel, network",
     "serial",
     "register",

@@ -9,7 +9,9 @@ quantized block's, on the inputs that the quantized network has, the fitted arra
 `E_0` being the loss with rounding to nearest, and the last term, of the profile `adaround`
 alone, being 0 in the first fifth of the iterations while beta falls from 20 to 2 afterwards.
 The papers have L = E + 0.01 * sum over weights, whose balance depends on how large a block's
-outputs are and on how many weights it has; `scaling="absolute"` is theirs.
+outputs are and on how many weights it has; `scaling="absolute"` is theirs. The default strength
+is what theirs comes to in a block of some 10^5 weights: at a hundredth of it most roundings of
+short fits stay undecided, and what is fitted is lost when they become integers.
 
 For the whole network `E` may also count what is left of the blocks' outputs (distillation), or
 be taken several sampler steps later (`trajectory.py`). The optimisation itself is in
@@ -84,7 +86,7 @@ class FitSettings:
     act_rate: float = 1e-3
     rank: int = 32
     scaling: Literal["relative", "absolute"] = "relative"
-    strength: float = 0.1
+    strength: float = 1000.0
     warmup: float = 0.2
     drop: float = 0.0
     order: Literal["shuffled", "serial"] = "shuffled"

@@ -71,10 +71,10 @@ class TableKey:
         problems = []
         for field in dataclasses.fields(self):
             fitted, run = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "settings":
+            if field.name == "settings" or fitted is None or run is None or fitted == run:
                 continue
-            if fitted is None or run is None or fitted == run:
-                continue
+            if field.name == "sampler_config" and self.sampler != other.sampler:
+                continue  # said already
             if field.name == "timesteps":
                 problems.append(f"timesteps {_describe(fitted, run)}")
             else:

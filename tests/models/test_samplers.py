@@ -426,6 +426,9 @@ def test_table_key_says_what_a_run_depends_on():
         eta=1.0,
         guidance_scale=1.0,
         prediction_type="epsilon",
+        sampler_config=DDIM().digest(),
     )
+    other = DDIM(clip_sample=False).table_key(4, eta=1)
+    assert [problem.split()[0] for problem in key.mismatch(other)] == ["sampler_config"]
     assert DDPM().table_key(4, eta=0.0) == DDPM().table_key(4, eta=1.0)
     assert key.mismatch(DDPM().table_key(4)) == ["sampler was 'ddim', the run has 'ddpm'"]
