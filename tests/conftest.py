@@ -79,3 +79,10 @@ def products():
         return found
 
     return products
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """optax adds floats and int32 counts, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -6,13 +6,16 @@ import inspect
 import math
 import re
 
+import jax
+import numpy as np
 import pytest
 
 import qjax
 from qjax import recipes
+from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.noise_correction import NoiseCorrection
 from qjax.calibrate.recipe import run as calibrate
-from qjax.core.quantize import plan
+from qjax.core.quantize import plan, tree_bytes
 from qjax.models.autoencoder_config import AutoencoderKLConfig, VQModelConfig
 from qjax.models.components import build_component
 from qjax.models.denoisers import DENOISERS, abstract_params, build_denoiser
@@ -139,6 +142,22 @@ def test_what_calibrates_asks_for_the_steps_of_the_sampler():
     for name in recipes.RECIPES.keys() - recipes.DATA_FREE.keys():
         with pytest.raises(ValueError, match="whose number is not chosen: give steps"):
             calibrate(pipe, recipes.by_name(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["fashion-dit", "fashion-ldm"])
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES.keys() - recipes.DATA_FREE.keys()))
+def test_every_recipe_runs_from_end_to_end(name, model, standard_promotion):
+    run = {"steps": 2, "guidance_scale": 2.0}
+    recipe = recipes.by_name(name).with_settings(**run, data=CalibrationSet(items=4))
+    fits = [stage.fit for stage in recipe.stages if hasattr(stage, "fit")]
+    if fits:
+        recipe = recipe.with_settings(fit=dataclasses.replace(fits[0], iterations=2))
+    pipe = qjax.load(model)
+    made = calibrate(pipe, recipe, seed=1)
+    images = made(labels=[0, 1], key=jax.random.key(0), **run)
+    assert np.isfinite(images).all()
+    assert tree_bytes(made.params) < 0.6 * tree_bytes(pipe.params) / 2  # float32 before
 
 
 def test_dit_xl_at_4_bits_takes_the_bytes_of_the_paper():

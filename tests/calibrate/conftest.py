@@ -103,10 +103,3 @@ def error():
         return relative_l2(b, a)
 
     return error
-
-
-@pytest.fixture(scope="module")
-def standard_promotion():
-    """optax adds floats and int32 counts, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
