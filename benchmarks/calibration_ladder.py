@@ -154,10 +154,12 @@ def mean_bits(pipe: qjax.Pipeline) -> float:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as tables, one for each model: means over seeds, and their standard deviations."""
+    """The rows as tables, one a setting: means over seeds, and their standard deviations."""
     lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
+    what = lambda row: tuple(row[name] for name in ("model", "bits", "steps", "images"))
+    for settings in dict.fromkeys(map(what, rows)):
+        mine = [row for row in rows if what(row) == settings]
+        model = settings[0]
         lines += [
             "",
             f"`{model}`, {mine[0]['bits']}, {mine[0]['steps']} steps, {mine[0]['images']} pictures",

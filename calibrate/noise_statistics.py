@@ -42,7 +42,6 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from qjax.core.typing import Float, Int
 
@@ -228,6 +227,8 @@ def residual_test(
       channel: Of each.
       correction: Of the step.
     """
+    from scipy import stats  # a second of its own, and nobody else needs it
+
     mu = np.broadcast_to(correction.mu, (int(np.max(channel)) + 1,))
     x = np.asarray(d, np.float64) - correction.k * np.asarray(e, np.float64) - mu[channel]
     if np.ptp(x) <= 1e-12 * max(float(np.abs(x).max()), 1e-300):
