@@ -26,12 +26,11 @@ that a run can be broken off. Writes `benchmarks/results/calibration_ladder.json
 
 import argparse
 import dataclasses
-import json
 import time
 
 import numpy as np
 from _judge import Judge
-from _timing import RESULTS, environment
+from _rows import Rows, shown
 
 import qjax
 from qjax import recipes
@@ -153,16 +152,14 @@ def mean_bits(pipe: qjax.Pipeline) -> float:
     return float(np.sum(sizes * [leaf.bits for leaf in found]) / np.sum(sizes))
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(known: Rows) -> str:
     """The rows as tables, one a setting: means over seeds, and their standard deviations."""
     lines = []
-    what = lambda row: tuple(row[name] for name in ("model", "bits", "steps", "images"))
-    for settings in dict.fromkeys(map(what, rows)):
-        mine = [row for row in rows if what(row) == settings]
-        model = settings[0]
+    for mine in known.by("model", "bits", "steps", "images"):
+        first = mine[0]
         lines += [
             "",
-            f"`{model}`, {mine[0]['bits']}, {mine[0]['steps']} steps, {mine[0]['images']} pictures",
+            f"`{first['model']}`, {first['bits']}, {first['steps']} steps, {first['images']} pictures",
             "",
             "| row | seeds | latent error | FD | SSIM | mean bits | MB | evaluations | seconds |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -170,14 +167,9 @@ def markdown(rows: list[dict]) -> str:
         for name in sorted({row["row"] for row in mine}, key=ROWS.index):
             found = [row for row in mine if row["row"] == name]
 
-            def shown(key: str, digits: int = 3, found: list[dict] = found) -> str:
-                values = [row[key] for row in found]
-                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-                return f"{np.mean(values):.{digits}f}{spread}"
-
             lines.append(
-                f"| {name} | {len(found)} | {shown('latent_error')} | {shown('fd_to_float', 2)} | "
-                f"{shown('ssim')} | {found[0]['mean_bits']:.2f} | {found[0]['bytes'] / 1e6:.2f} | "
+                f"| {name} | {len(found)} | {shown(found, 'latent_error', 3)} | "
+                f"{shown(found, 'fd_to_float', 2)} | {shown(found, 'ssim', 3)} | {found[0]['mean_bits']:.2f} | {found[0]['bytes'] / 1e6:.2f} | "
                 f"{found[0]['forwards']:,} | {np.mean([row['seconds'] for row in found]):.0f} |"
             )
     return "\n".join(lines).strip()
@@ -193,8 +185,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS)
     args = parser.parse_args()
     bits, act_bits = map(int, args.bits.split("/"))
-    path = RESULTS / f"{NAME}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = Rows(NAME)
     if args.model is None:
         print(markdown(known))
         return
@@ -210,7 +201,7 @@ def main() -> None:
                 "row": row,
                 "seed": seed,
             }
-            if any(what.items() <= one.items() for one in known):
+            if known.has(what):
                 continue
             found = found or Judge(
                 pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED
@@ -233,11 +224,7 @@ def main() -> None:
                 "mean_bits": round(mean_bits(made), 3),
                 "bytes": tree_bytes(made.params),
             }
-            known.append(result)
-            print(json.dumps(result), flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            document = {"benchmark": NAME, "environment": environment(), "rows": known}
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            known.add(result)
 
 
 if __name__ == "__main__":

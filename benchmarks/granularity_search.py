@@ -35,14 +35,15 @@ noise, for the winner and for the uniform groups. Rows in the result file are ke
 
 import argparse
 import dataclasses
-import json
 import time
+from collections import ChainMap
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from _judge import Judge
-from _timing import RESULTS, environment
+from _rows import Rows, shown
+from _timing import RESULTS
 
 import qjax
 from qjax import recipes
@@ -62,7 +63,7 @@ from qjax.core.plan import Axes
 from qjax.core.quantize import tree_bytes
 from qjax.core.serialize import flatten
 from qjax.models.sampling import draw_noise, image_keys
-from qjax.models.smoothing_pairs import divided, foldable_pairs, multiplied
+from qjax.models.smoothing_pairs import foldable_pairs, folded
 from qjax.search_plot import save_fronts
 from qjax.zoo import judge
 
@@ -165,26 +166,23 @@ def with_outliers(pipe: qjax.Pipeline, factor: float) -> qjax.Pipeline:
     leaves, changed = dict(flatten(pipe.params)), {}
     none = (jnp.zeros((1, *pipe.shape)), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))
     for pair in foldable_pairs(lambda: pipe.apply({"params": pipe.params}, *none)):
-        path = f"{pair.consumers[0]}/kernel"
-        s = jnp.ones(leaves[path].shape[0]).at[::OUTLIERS].set(1 / factor)
-        changed[path] = multiplied(changed.get(path, leaves[path]), s)
-        for fold in pair.producer:
-            changed[fold.leaf] = divided(changed.get(fold.leaf, leaves[fold.leaf]), s, fold)
+        channels = leaves[f"{pair.consumers[0]}/kernel"].shape[-2]
+        s = jnp.ones(channels).at[::OUTLIERS].set(1 / factor)
+        changed |= folded(ChainMap(changed, leaves), pair, s)
     return pipe.replace(params=with_leaves(pipe.params, changed))
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(known: Rows) -> str:
     """The rows as tables: means over seeds, and their standard deviations."""
     lines = []
-    settings = lambda row: (row["model"], row["bits"], row["outliers"])
-    for model, bits, outliers in dict.fromkeys(map(settings, rows)):
-        mine = [row for row in rows if settings(row) == (model, bits, outliers)]
+    for mine in known.by("model", "bits", "outliers"):
         first = mine[0]
+        outliers = first["outliers"]
         said = f", channels planted that are {outliers:g} times as large" if outliers > 1 else ""
         lines += [
             "",
             (
-                f"`{model}`, {bits}, groups of {first['group']}, {first['steps']} steps, "
+                f"`{first['model']}`, {first['bits']}, groups of {first['group']}, {first['steps']} steps, "
                 f"{first['images']} pictures{said}"
             ),
             "",
@@ -194,14 +192,9 @@ def markdown(rows: list[dict]) -> str:
         for name in sorted({row["row"] for row in mine}, key=ROWS.index):
             found = [row for row in mine if row["row"] == name]
 
-            def shown(key: str, digits: int = 4, found: list[dict] = found) -> str:
-                values = [row[key] for row in found]
-                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-                return f"{np.mean(values):.{digits}f}{spread}"
-
             lines.append(
-                f"| {name} | {len(found)} | {shown('latent_error')} | {shown('fd_to_float', 3)} | "
-                f"{shown('fd_to_real', 2)} | {found[0]['bytes'] / 1e3:,.0f} | "
+                f"| {name} | {len(found)} | {shown(found, 'latent_error', 4)} | {shown(found, 'fd_to_float', 3)} | "
+                f"{shown(found, 'fd_to_real', 2)} | {found[0]['bytes'] / 1e3:,.0f} | "
                 f"{np.mean([row['seconds'] for row in found]):.0f} |"
             )
     return "\n".join(lines).strip()
@@ -258,7 +251,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the parts of searches")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
     args = parser.parse_args()
-    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    known = Rows(NAME, args.out)
     if args.table:
         print(markdown(known))
         return
@@ -287,7 +280,7 @@ def main() -> None:
                         "generations": args.generations,
                         "reference": args.reference,
                     }
-                if any(what.items() <= one.items() for one in known):
+                if known.has(what):
                     continue
                 judged = judged or SearchJudge(
                     pipe,
@@ -323,11 +316,7 @@ def main() -> None:
                 }
                 if out is not None:
                     save_fronts(out)
-                known.append(result)
-                print(json.dumps(result), flush=True)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                document = {"benchmark": NAME, "environment": environment(), "rows": known}
-                args.out.write_text(json.dumps(document, indent=1) + "\n")
+                known.add(result)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ their own, as are samples of the quantized network. Rows in the result file are 
 
 import argparse
 import dataclasses
-import json
 import time
 
 import jax
 import numpy as np
 from _judge import Judge
-from _timing import RESULTS, environment
+from _rows import Rows, shown
 from calibration_ladder import GUIDANCE, quant
 
 import qjax
@@ -115,18 +114,17 @@ def judged(
     }
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(known: Rows) -> str:
     """The rows as tables, one for each model and eta: means over seeds, standard deviations."""
     lines = []
-    what = lambda row: tuple(row[name] for name in ("model", "bits", "steps", "images", "eta"))
-    for settings in dict.fromkeys(map(what, rows)):
-        mine = [row for row in rows if what(row) == settings]
-        first, (model, *_, eta) = mine[0], settings
+    for mine in known.by("model", "bits", "steps", "images", "eta"):
+        first = mine[0]
+        eta = first["eta"]
         positive = sorted({row["k_positive"] for row in mine})
         lines += [
             "",
             (
-                f"`{model}`, {first['bits']}, {first['steps']} steps, eta {eta:g}, "
+                f"`{first['model']}`, {first['bits']}, {first['steps']} steps, eta {eta:g}, "
                 f"{first['images']} pictures; k above 0 at {'/'.join(map(str, positive))} steps"
             ),
             "",
@@ -139,16 +137,11 @@ def markdown(rows: list[dict]) -> str:
         for name in (v for v in VARIANTS if any(row["variant"] == v for row in mine)):
             found = [row for row in mine if row["variant"] == name]
 
-            def shown(key: str, digits: int = 4, found: list[dict] = found) -> str:
-                values = [row[key] for row in found]
-                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-                return f"{np.mean(values):.{digits}f}{spread}"
-
-            variance = shown("variance_ratio") if eta else "-"
+            variance = shown(found, "variance_ratio", 4) if eta else "-"
             lines.append(
-                f"| {name} | {len(found)} | {shown('error')} | {shown('bias')} "
+                f"| {name} | {len(found)} | {shown(found, 'error', 4)} | {shown(found, 'bias', 4)} "
                 f"({np.mean([row['bias_floor'] for row in found]):.4f}) | {variance} | "
-                f"{shown('latent_error')} | {shown('fd_to_float', 2)} |"
+                f"{shown(found, 'latent_error', 4)} | {shown(found, 'fd_to_float', 2)} |"
             )
     return "\n".join(lines).strip()
 
@@ -164,8 +157,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     args = parser.parse_args()
     bits, act_bits = map(int, args.bits.split("/"))
-    path = RESULTS / f"{NAME}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = Rows(NAME)
     if args.model is None:
         print(markdown(known))
         return
@@ -181,11 +173,7 @@ def main() -> None:
                 "eta": eta,
                 "seed": seed,
             }
-            missing = [
-                name
-                for name in args.variants
-                if not any((what | {"variant": name}).items() <= row.items() for row in known)
-            ]
+            missing = [n for n in args.variants if not known.has(what | {"variant": n})]
             if not missing:
                 continue
             judge = judge or Judge(
@@ -213,8 +201,7 @@ def main() -> None:
                 entry = variant.entry(corrections, rows)
                 table = rollout.table
                 if name != "none":
-                    run_key = state.student.table_key(**shared)
-                    table = table.with_entry(ENTRY, entry, key=run_key)
+                    table = table.with_entry(ENTRY, entry, key=variant.key(state.student))
                 made = state.student.replace(step_table=table)
                 result = {
                     **what,
@@ -226,11 +213,7 @@ def main() -> None:
                     "slope": [round(noise.moments.slope, 4) for noise in noises],
                     "seconds": round(time.perf_counter() - start, 1),
                 }
-                known.append(result)
-                print(json.dumps(result), flush=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                document = {"benchmark": NAME, "environment": environment(), "rows": known}
-                path.write_text(json.dumps(document, indent=1) + "\n")
+                known.add(result)
 
 
 if __name__ == "__main__":

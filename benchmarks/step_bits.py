@@ -20,13 +20,12 @@ without MODEL it prints tables.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 from _judge import Judge
-from _timing import RESULTS, environment
+from _rows import Rows, shown
 from calibration_ladder import GUIDANCE, quant
 
 import qjax
@@ -56,27 +55,23 @@ def schedules(steps: int) -> dict[str, dict]:
     }
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(known: Rows) -> str:
     """The rows as tables, one for each model: means over seeds, and their standard deviations."""
     lines = []
-    what = lambda row: tuple(row[name] for name in ("model", "steps", "images"))
-    for settings in dict.fromkeys(map(what, rows)):
-        mine = [row for row in rows if what(row) == settings]
-        model = settings[0]
+    for mine in known.by("model", "steps", "images"):
+        first = mine[0]
         lines += [
             "",
-            f"`{model}`, W{WEIGHT_BITS}, {mine[0]['steps']} steps, {mine[0]['images']} pictures",
+            f"`{first['model']}`, W{WEIGHT_BITS}, {first['steps']} steps, {first['images']} pictures",
             "",
             "| row | seeds | mean bits | fewer bit operations | latent error | FD | schedule |",
             "|---|---|---|---|---|---|---|",
         ]
         for name in dict.fromkeys(row["row"] for row in mine):
             found = [row for row in mine if row["row"] == name]
-            errors = [row["latent_error"] for row in found]
-            spread = f" ± {np.std(errors, ddof=1):.4f}" if len(errors) > 1 else ""
             lines.append(
                 f"| {name} | {len(found)} | {found[0]['mean_bits']:.2f} | "
-                f"{found[0]['gain']:.1f}x | {np.mean(errors):.4f}{spread} | "
+                f"{found[0]['gain']:.1f}x | {shown(found, 'latent_error', 4)} | "
                 f"{np.mean([row['fd_to_float'] for row in found]):.2f} | "
                 f"{found[0]['schedule'].replace(' ', '')} |"
             )
@@ -108,8 +103,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
-    path = RESULTS / f"{NAME}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = Rows(NAME)
     if args.model is None:
         print(markdown(known))
         return
@@ -130,7 +124,7 @@ def main() -> None:
                 "row": row,
                 "seed": seed,
             }
-            if any(what.items() <= one.items() for one in known):
+            if known.has(what):
                 continue
             judge = judge or Judge(
                 pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED
@@ -156,11 +150,7 @@ def main() -> None:
                 "measured": said["error"] if costs else None,  # to 8 bits throughout
                 "seconds": round(seconds, 1),
             }
-            known.append(result)
-            print(json.dumps(result), flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            document = {"benchmark": NAME, "environment": environment(), "rows": known}
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            known.add(result)
             if row == "chosen, last" and seed == 0:
                 save_plot(PICTURES / f"step_bits_{args.model}.svg", draw_costs(args.model, costs))
 

@@ -62,14 +62,12 @@ def operations_of(pipe: Pipeline, told: Any) -> dict[str, LayerOperations]:
     variables = {"params": with_kernels(pipe.params, bare), **rows}
     x, t = jnp.zeros((1, *pipe.shape)), jnp.zeros((1,), jnp.int32)
     macs = macs_of_layers(lambda: pipe.apply(variables, x, t, told), paths, items=1)
-    found = {}
-    for path in paths:
-        found[path] = LayerOperations(macs[path])
-        if path in quantized:
-            q = quantized[path]
-            act = FLOAT if q.act is None else q.act.bits
-            by_step = q.act is not None and q.act.mode == "per_step"
-            found[path] = LayerOperations(macs[path], q.bits, act, by_step)
+    found = {path: LayerOperations(macs[path]) for path in paths}
+    for path, q in quantized.items():
+        found[path] = LayerOperations(macs[path], q.bits)
+        if q.act is not None:
+            by_step = q.act.mode == "per_step"
+            found[path] = LayerOperations(macs[path], q.bits, q.act.bits, by_step)
     return found
 
 

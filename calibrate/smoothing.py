@@ -23,6 +23,7 @@ References:
 
 import dataclasses
 import functools
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.core.serialize import flatten
 from qjax.core.typing import Array, Float, Params, PRNGKeyArray
 from qjax.models.pipeline import Pipeline
-from qjax.models.smoothing_pairs import Pair, divided, foldable_pairs, multiplied
+from qjax.models.smoothing_pairs import Pair, foldable_pairs, folded, multiplied
 
 GRID = tuple((i + 1) / 20 for i in range(20))
 """The alphas that are searched."""
@@ -145,12 +146,8 @@ class Smoothing:
             if alpha is None:
                 continue
             s = smoothing_scales(amax_x, amax_w, alpha)
-            for path in kernels:
-                changed[path] = np.asarray(multiplied(jnp.asarray(now[path]), s))
-            for fold in pair.producer:
-                if fold.leaf in before:
-                    leaf = jnp.asarray(changed.get(fold.leaf, before[fold.leaf]))
-                    changed[fold.leaf] = np.asarray(divided(leaf, s, fold))
+            moved = folded(ChainMap(changed, before), pair, s)
+            changed |= {path: np.asarray(leaf) for path, leaf in moved.items()}
         new = {
             path: _in_place_of(leaves[path], jnp.asarray(leaf), path, student.quant)
             for path, leaf in changed.items()

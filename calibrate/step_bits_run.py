@@ -27,11 +27,9 @@ from qjax.core.metrics import relative_l2
 from qjax.core.steps import StepTable, TableKey
 from qjax.core.typing import Array, Float, PRNGKeyArray
 from qjax.models.pipeline import Pipeline
-from qjax.models.sampling import sample
+from qjax.models.sampling import sample_jit
 
 __all__ = ["StepBitsRun", "noise_after", "scheduled"]
-
-_draw = jax.jit(sample, static_argnames=("apply", "sampler", "guidance_channels"))
 
 
 def scheduled(rows: Mapping[int, Any], schedule: Sequence[int]) -> Any:
@@ -77,6 +75,8 @@ class StepBitsRun:
         self.widths: dict[int, Any] = {}
         self.reference: Array | None = None
         self.parts: dict[str, int] = {}
+        ranges = sum(not self.has_ranges(bits) for bits in settings.choices)
+        self.measured = ranges + (settings.bits is None)
 
     def run(self) -> State:
         """Ranges of every width, a schedule, and what it comes to."""
@@ -132,15 +132,12 @@ class StepBitsRun:
     def say(self, part: str, step: int) -> None:
         """Progress: a step of a part, all parts being alike long."""
         self.parts.setdefault(part, len(self.parts))
-        ranges = sum(not self.has_ranges(bits) for bits in self.settings.choices)
-        of = ranges + (self.settings.bits is None)
-        share = min((self.parts[part] + step / self.calls) / of, 1.0)
+        share = min((self.parts[part] + step / self.calls) / self.measured, 1.0)
         self.work.log("step", part=part, step=step, steps=self.calls, share=round(share, 4))
 
     def table_with(self, entry: Any) -> StepTable:
         """The student's step table with these ranges."""
-        others = self.table.drop("quant") if "quant" in self.table.entries else self.table
-        return others.with_entry("quant", entry, key=self.timesteps)
+        return self.table.with_entry("quant", entry, key=self.timesteps)
 
     def rollout(self, entry: Any) -> NoiseRollout:
         """Both networks side by side, the quantized one with these ranges."""
@@ -164,7 +161,7 @@ class StepBitsRun:
         for a in range(0, n, batch):
             here = slice(a, a + batch)
             x_T, told, null, keys = jax.tree.map(operator.itemgetter(here), self.items)
-            drawn, _ = _draw(
+            drawn, _ = sample_jit(
                 student.apply,
                 student.params,
                 self.state.teacher.sampler,

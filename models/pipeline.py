@@ -44,6 +44,7 @@ from qjax.models.sampling import (
     guided_prediction,
     image_keys,
     sample,
+    sample_jit,
     to_images,
 )
 from qjax.models.unet2d_condition_inputs import Conditioning, guidance_embedding
@@ -52,8 +53,6 @@ __all__ = ["Pipeline", "Source", "Trajectory", "guided_prediction", "sample"]
 
 OUTPUTS = ("image", "latent")
 
-_SAMPLE_STATIC = ("apply", "sampler", "guidance_channels", "return_trajectory")
-_sample = jax.jit(sample, static_argnames=_SAMPLE_STATIC)
 _predict = jax.jit(guided_prediction, static_argnames=("apply", "guidance_channels"))
 _draw_noise = jax.jit(draw_noise, static_argnames="shape")
 _image_keys = jax.jit(image_keys)
@@ -511,7 +510,7 @@ class Pipeline:
             )
         key = check_key(key, needed=latents is None or bool(np.any(rows["noise_std"] > 0)))
         run = functools.partial(
-            _sample,
+            sample_jit,
             self.apply,
             self.params,
             self.sampler,

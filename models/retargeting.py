@@ -6,7 +6,7 @@ Every entry of a step table says in its key what it was fitted for. For another 
 |---|---|---|
 | `"time"` | timesteps | computed again from the float time layers |
 | `"quant"` | timesteps | resampled: each new step takes the row nearest in log-SNR |
-| `"noise_correction"` | all of its key | left out, with a warning: it has to be fitted again, which `calibrate.noise_correction.refit` does |
+| `"noise_correction"` | all of its key | left out, with a warning: it has to be fitted again, which `calibrate.noise_refit.refit` does |
 | any other | all of its key | left out, with a warning |
 
 An entry that suits the run is kept as it is. How near two steps are is told by

@@ -33,7 +33,15 @@ import numpy as np
 from qjax.core.typing import Apply, Array, Float, Int, Params, PRNGKeyArray
 from qjax.models.samplers import Row, Sampler, correct_prediction
 
-__all__ = ["Trajectory", "draw_noise", "guided_prediction", "image_keys", "sample", "to_images"]
+__all__ = [
+    "Trajectory",
+    "draw_noise",
+    "guided_prediction",
+    "image_keys",
+    "sample",
+    "sample_jit",
+    "to_images",
+]
 
 
 class Trajectory(NamedTuple):
@@ -199,6 +207,12 @@ def sample(
     inputs = (jnp.arange(steps), dict(rows), dict(entries or {}))
     (x_0, _), trajectory = jax.lax.scan(body, (x_T, sampler.init(x_T)), inputs)
     return x_0, trajectory
+
+
+sample_jit = jax.jit(
+    sample, static_argnames=("apply", "sampler", "guidance_channels", "return_trajectory")
+)
+"""`sample` as one program, compiled for every static argument and shape."""
 
 
 def to_images(x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

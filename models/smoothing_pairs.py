@@ -44,7 +44,7 @@ from qjax.models.attention import AttentionBlock
 from qjax.models.dit import DiT, DiTBlock
 from qjax.models.transformer_2d import BasicTransformerBlock, Transformer2DModel
 
-__all__ = ["Fold", "Pair", "divided", "foldable_pairs", "multiplied"]
+__all__ = ["Fold", "Pair", "divided", "foldable_pairs", "folded", "multiplied"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,24 @@ def divided(leaf: Float[Array, "*a o"], s: Float[Array, " c"], fold: Fold) -> Fl
 def multiplied(kernel: Float[Array, "*taps c o"], s: Float[Array, " c"]) -> Float[Array, "..."]:
     """The kernel of a consumer with its rows multiplied by `s`; the same dtype."""
     return (kernel.astype(jnp.float32) * s[:, None]).astype(kernel.dtype)
+
+
+def folded(
+    leaves: Mapping[str, Any], pair: Pair, s: Float[Array, " c"]
+) -> dict[str, Float[Array, "..."]]:
+    """The leaves of a pair after the scales have moved from the input into what makes it.
+
+    Args:
+      leaves: Of the network, by path; a bias need not exist.
+      pair: What makes the input, and what reads it.
+      s: The scales.
+    """
+    paths = [f"{layer}/kernel" for layer in pair.consumers]
+    found = {path: multiplied(leaves[path], s) for path in paths}
+    for fold in pair.producer:
+        if fold.leaf in leaves:
+            found[fold.leaf] = divided(found.get(fold.leaf, leaves[fold.leaf]), s, fold)
+    return found
 
 
 def foldable_pairs(forward: Callable[[], Any]) -> tuple[Pair, ...]:

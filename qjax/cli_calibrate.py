@@ -27,7 +27,7 @@ from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.models.pipeline import Pipeline
 from qjax.noise_plot import save_noise
 from qjax.plots import line_plot, save_plot
-from qjax.report_words import event_words
+from qjax.report_words import stage_progress
 from qjax.search_plot import save_fronts
 
 LOSS = "loss.svg"
@@ -46,18 +46,9 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     planned = qjax.plan(shapes, recipe)
     teacher = load_model(settings.model, output)
     recipe = with_options(recipe, settings, teacher, prompts)
-    stages, stage = max(len(recipe.stages), 1), 0
+    stages = max(len(recipe.stages), 1)
     with output.progress("calibrating") as tell:
-
-        def on_stage(done: int, total: int, name: str) -> None:
-            nonlocal stage
-            stage = done
-            tell(done, max(total, 1), name)
-
-        def on_event(event: Mapping[str, Any]) -> None:
-            if "share" in event:
-                tell(stage + event["share"], stages, event_words(event))
-
+        on_stage, on_event = stage_progress(lambda done, words: tell(done, stages, words))
         pipe = run(
             teacher,
             recipe,

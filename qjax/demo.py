@@ -18,7 +18,7 @@ from qjax.core.safetensors_io import atomic_write
 from qjax.models.pipeline import Pipeline
 from qjax.report_data import ComparisonReport, as_dict
 from qjax.report_index import Entry, save_index
-from qjax.report_words import bytes_text, event_words
+from qjax.report_words import bytes_text, stage_progress
 from qjax.timing import Phases
 
 # Where the shipped models' pictures are recognized best without becoming alike; 3 adds little
@@ -207,18 +207,10 @@ def _calibrated(
 
     An earlier demo's run of the same recipe is not computed again.
     """
-    stage = 0
-
-    def on_stage(number: int, total: int, name: str) -> None:
-        nonlocal stage
-        stage = number
-        tell(done + number / total, f"{recipe.name}, {name}")
-
-    def on_event(event: Mapping[str, Any]) -> None:
-        if "share" in event:
-            share = (stage + event["share"]) / len(recipe.stages)
-            tell(done + share, f"{recipe.name}, {event_words(event)}")
-
+    of = len(recipe.stages)
+    on_stage, on_event = stage_progress(
+        lambda stages, words: tell(done + stages / of, f"{recipe.name}, {words}")
+    )
     recipe = recipe.with_settings(steps=steps, guidance_scale=GUIDANCE)
     fits: list[Any] = [one.fit for one in recipe.stages if isinstance(one, SerialParallel)]
     if fits:

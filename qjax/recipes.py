@@ -202,7 +202,7 @@ def ptqd_mp(
       As for `ptqd_w8a8`: https://arxiv.org/abs/2305.10657, section 3.5.
     """
     shared = _for_run(steps, guidance_scale, data)
-    bits = StepBits(mean_bits=mean_bits, eta=eta, **shared)
+    bits = StepBits(mean_bits=mean_bits, **shared)
     return _ptqd("ptqd_mp", _W4, steps, eta, guidance_scale, data, bits)
 
 
@@ -281,10 +281,9 @@ def _ptqd(
 ) -> Recipe:
     shared = _for_run(steps, guidance_scale, data)
     # Blocks on the float network's samples, as Q-Diffusion has it, whose model PTQD corrects.
-    rounding = SerialParallel(samples="float", eta=eta, **shared)
-    correction = NoiseCorrection(eta=eta, **shared)
-    quant = _recipe(name, weight, PER_STEP_A8).quant
-    return Recipe(name=name, quant=quant, stages=(rounding, *between, correction))
+    rounding = SerialParallel(samples="float", **shared)
+    recipe = dataclasses.replace(_recipe(name, weight, PER_STEP_A8), stages=(rounding, *between))
+    return _then_corrected(name, recipe, steps, eta, guidance_scale, data)
 
 
 def _for_run(

@@ -4,7 +4,7 @@ Everything here is plain text; whoever puts it into HTML or a terminal escapes i
 is said as plainly as good news: a quantized model that is slower is called slower.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -338,6 +338,28 @@ def _layer_sentences(variant: VariantResult) -> tuple[str, ...]:
 def float_seconds(report: ComparisonReport) -> tuple[float, ...]:
     """The float model's seconds per step in every run that timed it, sorted."""
     return tuple(sorted(v.timing.seconds_float for v in report.variants if v.timing))
+
+
+def stage_progress(
+    tell: Callable[[float, str], None],
+) -> tuple[Callable[[int, int, str], None], Callable[[Mapping[str, Any]], None]]:
+    """`on_stage` and `on_event` of `qjax.calibrate.run`, as one progress.
+
+    Args:
+      tell: Called with the stages done, the one at hand in part, and words on it.
+    """
+    stage = 0
+
+    def on_stage(done: int, total: int, name: str) -> None:
+        nonlocal stage
+        stage = done
+        tell(done, name)
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if "share" in event:
+            tell(stage + event["share"], event_words(event))
+
+    return on_stage, on_event
 
 
 def event_words(event: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import ChainMap
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import quantize
 from qjax.core.serialize import flatten, params_digest
 from qjax.models.loading import load_pipeline
-from qjax.models.smoothing_pairs import divided, foldable_pairs, multiplied
+from qjax.models.smoothing_pairs import foldable_pairs, folded, multiplied
 from qjax.models.unet2d_condition import UNet2DConditionModel
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_condition_inputs import abstract_inputs
@@ -71,18 +72,13 @@ def denoiser(name, request):
     return pipe.apply, pipe.params, (x_t, jnp.int32([3, 60]), jnp.int32([0, 2]))
 
 
-def folded(params, pairs, rng):
+def scaled(params, pairs, rng):
     """The params with all pairs scaled by anything from a tenth to ten."""
     leaves, changed = dict(flatten(params)), {}
     for pair in pairs:
-        kernels = [f"{layer}/kernel" for layer in pair.consumers]
-        channels = leaves[kernels[0]].shape[-2]
+        channels = leaves[f"{pair.consumers[0]}/kernel"].shape[-2]
         s = jnp.asarray(10 ** rng.uniform(-1, 1, channels), jnp.float32)
-        for path in kernels:
-            changed[path] = multiplied(changed.get(path, leaves[path]), s)
-        for fold in pair.producer:
-            if fold.leaf in leaves:
-                changed[fold.leaf] = divided(changed.get(fold.leaf, leaves[fold.leaf]), s, fold)
+        changed |= folded(ChainMap(changed, leaves), pair, s)
     return with_leaves(params, changed)
 
 
@@ -91,13 +87,13 @@ def test_folding_any_scales_leaves_the_function_as_it_is(name, count, request):
     apply, params, inputs = denoiser(name, request)
     pairs = foldable_pairs(lambda: apply({"params": params}, *inputs))
     assert len(pairs) == count
-    other = folded(params, pairs, np.random.default_rng(1))
+    other = scaled(params, pairs, np.random.default_rng(1))
     run_it = jax.jit(apply)
     a, b = (run_it({"params": tree}, *inputs) for tree in (params, other))
     assert relative_l2(b, a) < 1e-5
     # Every pair does its part: the other half of it alone makes another function.
     half = dataclasses.replace(pairs[0], producer=())
-    broken = folded(params, [half], np.random.default_rng(1))
+    broken = scaled(params, [half], np.random.default_rng(1))
     assert relative_l2(run_it({"params": broken}, *inputs), a) > 1e-3
 
 
@@ -148,9 +144,7 @@ def outliers(dit):
     for pair in foldable_pairs(lambda: dit.apply({"params": dit.params}, *none)):
         path = f"{pair.consumers[0]}/kernel"
         s = jnp.ones(leaves[path].shape[0]).at[::7].set(1 / 30)
-        changed[path] = multiplied(changed.get(path, leaves[path]), s)
-        for fold in pair.producer:
-            changed[fold.leaf] = divided(changed.get(fold.leaf, leaves[fold.leaf]), s, fold)
+        changed |= folded(ChainMap(changed, leaves), pair, s)
     return dit.replace(params=with_leaves(dit.params, changed))
 
 
