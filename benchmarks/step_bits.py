@@ -1,8 +1,9 @@
 """Where in a run are bits needed? `python benchmarks/step_bits.py MODEL`
 
 A shipped model with 8-bit weights, and inputs of 4, 6 or 8 bits by the step of the sampler:
-20 steps, guidance 2, the same bit operations for all but the first two rows. Ranges of
-every width are its own, the schedules share weights and program.
+20 steps, guidance 2, without (`--etas 0`) or with (1) fresh noise of the sampler, the same bit
+operations for all but the first two rows. Ranges of every width are its own, the schedules
+share weights and program.
 
 | row | bits of the inputs |
 |---|---|
@@ -15,11 +16,12 @@ every width are its own, the schedules share weights and program.
 
 Latent error is the relative L2 distance of the last latents to those of the float model, from
 noise that nothing was fitted on. Rows in the result file are kept. Writes
-`benchmarks/results/step_bits.json` and, of the first seed, `docs/pictures/step_bits_MODEL.svg`;
+`benchmarks/results/step_bits.json` and, of the first seed, `docs/pictures/step_bits_MODEL_etaE.svg`;
 without MODEL it prints tables.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -58,11 +60,14 @@ def schedules(steps: int) -> dict[str, dict]:
 def markdown(known: Rows) -> str:
     """The rows as tables, one for each model: means over seeds, and their standard deviations."""
     lines = []
-    for mine in known.by("model", "steps", "images"):
+    for mine in known.by("model", "steps", "images", "eta"):
         first = mine[0]
         lines += [
             "",
-            f"`{first['model']}`, W{WEIGHT_BITS}, {first['steps']} steps, {first['images']} pictures",
+            (
+                f"`{first['model']}`, W{WEIGHT_BITS}, {first['steps']} steps, eta {first['eta']:g}, "
+                f"{first['images']} pictures"
+            ),
             "",
             "| row | seeds | mean bits | fewer bit operations | latent error | FD | schedule |",
             "|---|---|---|---|---|---|---|",
@@ -78,7 +83,7 @@ def markdown(known: Rows) -> str:
     return "\n".join(lines).strip()
 
 
-def draw_costs(model: str, costs: list[dict]) -> str:
+def draw_costs(model: str, eta: float, costs: list[dict]) -> str:
     """An SVG document: the error that few bits at one step alone bring about."""
     x = [one["step"] for one in costs]
     return line_plot(
@@ -89,7 +94,7 @@ def draw_costs(model: str, costs: list[dict]) -> str:
             )
             for bits in CHOICES[:-1]
         },
-        title=f"Where bits are needed: {model}",
+        title=f"Where bits are needed: {model}, eta {eta:g}",
         x_label="step of the sampler",
         y_label="relative L2 error of the last samples",
         log_y=True,
@@ -102,43 +107,56 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--etas", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--rows", nargs="+", help="rows to add; default all")
     args = parser.parse_args()
     known = Rows(NAME)
     if args.model is None:
         print(markdown(known))
         return
-    pipe, judge = qjax.load(args.model), None
+    pipe = qjax.load(args.model)
+    for eta in args.etas:
+        measure(pipe, eta, known, args)
+
+
+def measure(pipe: qjax.Pipeline, eta: float, known: Rows, args: argparse.Namespace) -> None:
+    """Add the rows that are missing."""
+    judge = None
     shared = {
         "steps": args.steps,
+        "eta": eta,
         "guidance_scale": GUIDANCE,
         "data": CalibrationSet(items=32),
         "ranges": "mse",
     }
     ranges = SerialParallel(fits="ranges", samples="float", **shared)
-    for seed in range(args.seeds):
-        for row, settings in schedules(args.steps).items():
-            what = {
-                "model": args.model,
-                "steps": args.steps,
-                "images": args.images,
-                "row": row,
-                "seed": seed,
-            }
-            if known.has(what):
-                continue
-            judge = judge or Judge(
-                pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED
-            )
-            choices = CHOICES if "mean_bits" in settings else tuple(set(settings["bits"]))
-            bits = StepBits(**(shared | settings | {"choices": choices}))
-            recipe = Recipe(quant=quant(WEIGHT_BITS, 8), stages=(ranges, bits), name=row)
-            events = []
-            start = time.perf_counter()
-            made = run(pipe, recipe, seed=seed, on_event=events.append)
-            seconds = time.perf_counter() - start
-            said = next(event for event in events if event["event"] == "schedule")
-            costs = [event for event in events if event["event"] == "cost"]
-            result = {
+    wanted = schedules(args.steps)
+    for seed, row in itertools.product(range(args.seeds), args.rows or wanted):
+        settings = wanted[row]
+        what = {
+            "model": args.model,
+            "steps": args.steps,
+            "images": args.images,
+            "eta": eta,
+            "row": row,
+            "seed": seed,
+        }
+        if known.has(what):
+            continue
+        judge = judge or Judge(
+            pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED, eta=eta
+        )
+        choices = CHOICES if "mean_bits" in settings else tuple(set(settings["bits"]))
+        bits = StepBits(**(shared | settings | {"choices": choices}))
+        recipe = Recipe(quant=quant(WEIGHT_BITS, 8), stages=(ranges, bits), name=row)
+        events = []
+        start = time.perf_counter()
+        made = run(pipe, recipe, seed=seed, on_event=events.append)
+        seconds = time.perf_counter() - start
+        said = next(event for event in events if event["event"] == "schedule")
+        costs = [event for event in events if event["event"] == "cost"]
+        known.add(
+            {
                 **what,
                 **judge(judge.draw(made)),
                 "schedule": said["bits"],
@@ -150,9 +168,10 @@ def main() -> None:
                 "measured": said["error"] if costs else None,  # to 8 bits throughout
                 "seconds": round(seconds, 1),
             }
-            known.add(result)
-            if row == "chosen, last" and seed == 0:
-                save_plot(PICTURES / f"step_bits_{args.model}.svg", draw_costs(args.model, costs))
+        )
+        if row == "chosen, last" and seed == 0:
+            picture = PICTURES / f"step_bits_{args.model}_eta{eta:g}.svg"
+            save_plot(picture, draw_costs(args.model, eta, costs))
 
 
 if __name__ == "__main__":
