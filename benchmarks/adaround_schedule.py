@@ -69,6 +69,7 @@ PUBLISHED = FitSettings(
 OURS = {
     "gptq + latent 500": FitSettings(iterations=500, weights="latent", weight_rate=1e-2),
     "adaround 2000": FitSettings(iterations=2000),
+    "adaround 3500": FitSettings(iterations=3500),
     "latent 2500": FitSettings(iterations=2500, weights="latent", weight_rate=1e-2),
 }
 WEIGHT = WeightSpec(bits=BITS, method="mse")
