@@ -9,12 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.kernels import packing, quant_matmul_xla
+from qjax.kernels import packing, quant_matmul_xla, tiles_tpu
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul import quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul import choose, quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import integer_dot, piece_columns
+from qjax.kernels.target import target
+from qjax.kernels.tiles_tpu import Blocks
+from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
-IMPLEMENTATIONS = ("xla",)
+# By name: the matmul of codes and that of floats. Kernels are interpreted.
+IMPLEMENTATIONS = {
+    "xla": (
+        functools.partial(quant_matmul, implementation="xla"),
+        functools.partial(weight_matmul, implementation="xla"),
+    ),
+    "tpu": (
+        functools.partial(quant_matmul_tpu, interpret=True),
+        functools.partial(weight_matmul_tpu, interpret=True),
+    ),
+}
 
 # The integers are exact. What remains is the epilogue: an int32 read as float32, two
 # products, and one sum per group, each off by at most 2**-24 of its size.
@@ -36,6 +50,7 @@ class Case(NamedTuple):
     x_shared: bool = False  # one scale for all rows
     w_shared: bool = False  # one scale for all columns
     pieces: bool = False  # columns in pieces of 32, of which the last overlaps
+    blocks: Blocks | None = None  # of kernels that take them
 
     def __str__(self):
         given = [f"{k}={v}" for k, v in self._asdict().items() if v != self._field_defaults.get(k)]
@@ -61,7 +76,61 @@ CASES = [
     Case(bits=4, w_groups=3, w_zero=True, pieces=True),
     Case(bits=4, x_groups=3, w_groups=3, x_zero=True, w_zero=True, pieces=True),
     Case(bits=3, m=7, k=333, n=65, w_shared=True, pieces=True),
+    # Several blocks on every axis, the last of rows and columns in part.
+    *(
+        Case(bits=bits, m=70, k=1024, n=150, blocks=Blocks(32, 128, 256))
+        for bits in (2, 3, 4, 6, 8)
+    ),
+    Case(
+        bits=8,
+        m=70,
+        k=1024,
+        n=150,
+        packed=False,
+        x_zero=True,
+        w_zero=True,
+        blocks=Blocks(32, 128, 512),
+    ),
+    *(
+        Case(
+            bits=4,
+            m=40,
+            k=1152,
+            n=150,
+            x_groups=g,
+            w_groups=g,
+            x_zero=True,
+            w_zero=True,
+            blocks=Blocks(32, 128, k),
+        )
+        for g, k in ((36, 384), (9, 384), (6, 384), (4, 1152), (18, 128))
+    ),
+    Case(bits=4, m=33, k=320, n=130, w_groups=10, w_zero=True),
+    Case(bits=4, m=1, k=1152, n=129, x_groups=9, x_zero=True),
+    Case(bits=4, packed=False, m=9, k=256, n=70, w_groups=2, w_zero=True),
 ]
+
+
+def of_implementation(name: str, case: Case):
+    """The two matmuls, if the implementation takes the weight; else the test is of its refusal."""
+    fmt = stored_format(case)
+    if name == "tpu":
+        reason = tiles_tpu.why_not(case.k, max(case.x_groups, case.w_groups), fmt)
+        if reason is not None:
+            with (
+                target("tpu", "TPU v5 lite"),
+                pytest.raises(NotImplementedError, match="channels|bytes"),
+            ):
+                choose(
+                    "tpu",
+                    size=case.k,
+                    groups=max(case.x_groups, case.w_groups),
+                    fmt=fmt,
+                    dtype=jnp.int8,
+                )
+            return None
+    given = {"blocks": case.blocks} if name != "xla" and case.blocks else {}
+    return tuple(functools.partial(one, **given) for one in IMPLEMENTATIONS[name])
 
 
 def draw(case: Case):
@@ -79,12 +148,17 @@ def draw(case: Case):
     return p, x_scale, x_zero, q, w_scale, w_zero
 
 
-def stored(q, case: Case) -> tuple[jax.Array, Format]:
+def stored_format(case: Case) -> Format:
     if not case.packed:
-        dtype = jnp.int4 if case.bits <= 4 else jnp.int8
-        return jnp.asarray(q).astype(dtype), Format(bits=case.bits)
+        return Format(bits=case.bits)
     block, _, pad = packing.packed_size(case.k, case.bits)
-    fmt = Format(bits=case.bits, block=block, pad=pad, packed=True)
+    return Format(bits=case.bits, block=block, pad=pad, packed=True)
+
+
+def stored(q, case: Case) -> tuple[jax.Array, Format]:
+    fmt = stored_format(case)
+    if not case.packed:
+        return jnp.asarray(q).astype(jnp.int4 if case.bits <= 4 else jnp.int8), fmt
     return jax.jit(functools.partial(packing.pack, bits=case.bits))(q), fmt
 
 
@@ -127,9 +201,12 @@ def small_pieces(monkeypatch):
 def test_the_matmul_is_that_of_the_formula(case, implementation, small_pieces):
     if case.pieces:
         small_pieces()
+    matmuls = of_implementation(implementation, case)
+    if matmuls is None:
+        return
     p, x_scale, x_zero, q, w_scale, w_zero = draw(case)
     packed, fmt = stored(q, case)
-    run = jax.jit(functools.partial(quant_matmul, fmt=fmt, implementation=implementation))
+    run = jax.jit(functools.partial(matmuls[0], fmt=fmt))
     y = np.asarray(run(p, x_scale, x_zero, packed, w_scale, w_zero))
     wanted, magnitude = reference(p, x_scale, x_zero, q, w_scale, w_zero)
     assert y.dtype == np.float32
@@ -141,10 +218,13 @@ def test_the_matmul_is_that_of_the_formula(case, implementation, small_pieces):
 def test_the_matmul_of_floats_dequantizes(case, implementation, small_pieces):
     if case.pieces:
         small_pieces()
+    matmuls = of_implementation(implementation, case)
+    if matmuls is None:
+        return
     _, _, _, q, w_scale, w_zero = draw(case)
     x = np.random.default_rng(1).standard_normal((case.m, case.k)).astype(np.float32)
     packed, fmt = stored(q, case)
-    run = jax.jit(functools.partial(weight_matmul, fmt=fmt, implementation=implementation))
+    run = jax.jit(functools.partial(matmuls[1], fmt=fmt))
     y = run(x, packed, w_scale, w_zero)
     weights = q.astype(np.float64) - (0 if w_zero is None else wide(w_zero, 0, case.k))
     weights = weights * wide(w_scale, 0, case.k)
@@ -159,10 +239,11 @@ def test_unit_scales_give_the_integers_bit_for_bit(implementation, pieces, small
     """Below 2**24 a float32 holds every integer."""
     if pieces:
         small_pieces()
-    p, _, x_zero, q, _, w_zero = draw(Case(bits=4, m=9, x_zero=True, w_zero=True))
-    packed, fmt = stored(q, Case(bits=4))
+    case = Case(bits=4, m=9, k=256, x_zero=True, w_zero=True)
+    p, _, x_zero, q, _, w_zero = draw(case)
+    packed, fmt = stored(q, case)
     ones = jnp.ones((9, 1)), jnp.ones((1, 70))
-    run = functools.partial(quant_matmul, fmt=fmt, implementation=implementation)
+    run = functools.partial(IMPLEMENTATIONS[implementation][0], fmt=fmt)
     y = jax.jit(run)(p, ones[0], x_zero, packed, ones[1], w_zero)
     exact = (p.astype(np.int64) - x_zero) @ (q.astype(np.int64) - w_zero)
     np.testing.assert_array_equal(np.asarray(y, np.int64), exact)
@@ -230,15 +311,24 @@ def test_unequal_groups_raise():
         )
 
 
-def test_an_implementation_that_cannot_run_says_so():
-    with pytest.raises(NotImplementedError, match="'auto' and 'xla'; got 'abacus'"):
-        quant_matmul(
-            jnp.zeros((1, 1), jnp.int8),
-            jnp.ones((1, 1)),
-            None,
-            jnp.zeros((1, 1), jnp.int8),
-            jnp.ones((1, 1)),
-            None,
-            fmt=Format(bits=8),
-            implementation="abacus",
-        )
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("abacus", "'auto', 'xla', 'tpu'; got 'abacus'"), ("tpu", "it needs a TPU")],
+)
+def test_an_implementation_that_cannot_run_says_so(name, message):
+    p, one, q = jnp.zeros((1, 32), jnp.int8), jnp.ones((1, 1)), jnp.zeros((32, 1), jnp.int8)
+    with pytest.raises(NotImplementedError, match=message):
+        quant_matmul(p, one, None, q, one, None, fmt=Format(bits=8), implementation=name)
+    with pytest.raises(NotImplementedError, match=message):
+        weight_matmul(jnp.ones((1, 32)), q, one, None, fmt=Format(bits=8), implementation=name)
+
+
+def test_on_a_tpu_the_kernel_is_for_packed_and_grouped_weights():
+    packed = Format(bits=4, block=256, packed=True)
+    with target("tpu", "TPU v5 lite"):
+        chosen = functools.partial(choose, "auto", dtype=jnp.int8)
+        assert chosen(size=1024, groups=1, fmt=packed) == "tpu"
+        assert chosen(size=1024, groups=8, fmt=Format(bits=8)) == "tpu"
+        assert chosen(size=1024, groups=1, fmt=Format(bits=8)) == "xla"
+        assert chosen(size=1024, groups=64, fmt=packed) == "xla"  # groups of 16
+    assert choose("auto", size=1024, groups=1, fmt=packed, dtype=jnp.int8) == "xla"
