@@ -1,9 +1,10 @@
-"""The fast part of the suite on the oldest and the newest JAX and Flax that are supported.
+"""The fast part of the suite on the oldest and the newest JAX and Flax; what TPUs compile.
 
     nox -s floor     jax 0.7.2, flax 0.11.2: what a stock Colab notebook has
     nox -s newest    the newest of both, on a Python >= 3.12 if this machine has one
+    nox -s tpu       kernels and blocks through the compiler of TPUs, which needs no TPU
 
-Both leave out torch, diffusers and transformers, which the library itself imports only where
+All leave out torch, diffusers and transformers, which the library itself imports only where
 they are used: what needs them skips itself, and runs in the full suite.
 """
 
@@ -15,11 +16,12 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-nox.options.sessions = ["floor", "newest"]
+nox.options.sessions = ["floor", "newest", "tpu"]
 
 PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 FLOOR = ("jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2")
 NEWEST = ("jax", "jaxlib", "flax")
+TPU = ("jax[tpu]>=0.10", "flax")
 
 # Chosen per session, and what only the oracles of the full suite need.
 LEFT_OUT = {"jax", "flax", "torch", "diffusers", "transformers"}
@@ -82,3 +84,12 @@ def newest(session: nox.Session) -> None:
     if NEWEST_PYTHON is None:
         session.skip("NOT TESTED on the newest jax and flax: no Python >= 3.12 was found here")
     run_fast_part(session, *NEWEST)
+
+
+@nox.session
+def tpu(session: nox.Session) -> None:
+    """Programs compiled by libtpu, on a CPU."""
+    session.install(*TPU, *requirements())
+    session.install("--no-deps", "-e", ".")
+    session.env["JAX_PLATFORMS"] = "cpu"
+    session.run("pytest", *(session.posargs or ("tests/kernels/test_tpu_compile.py",)))

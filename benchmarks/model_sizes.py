@@ -13,23 +13,12 @@ from _timing import table, write
 
 from qjax import recipes
 from qjax.core.quantize import plan
-from qjax.models.denoisers import abstract_params, build_denoiser
-from qjax.models.dit import DiTConfig
-from qjax.models.unet2d_condition_config import UNet2DConditionConfig
-
-MODELS: dict[str, DiTConfig | UNet2DConditionConfig] = {
-    "Stable Diffusion v1-4": UNet2DConditionConfig.sd_v1_4(),
-    "Stable Diffusion v2-1": UNet2DConditionConfig.sd_v2_1(),
-    "Stable Diffusion XL 1.0": UNet2DConditionConfig.sdxl(),
-    "LDM-4 ImageNet": UNet2DConditionConfig.ldm4_imagenet(),
-    "DiT-XL/2": DiTConfig.dit_xl_2(),
-}
+from qjax.models.published import PUBLISHED, published_shapes
 
 
 def sizes(name: str) -> dict[str, Any]:
     """One row: parameters, bytes in float16, W8 and W4, and the ratios."""
-    config = MODELS[name].to_diffusers()
-    params = abstract_params(build_denoiser(config["_class_name"], config))
+    params = published_shapes(name)
     w8, w4 = (plan(params, recipe().quant) for recipe in (recipes.w8a8, recipes.w4a16))
     return {
         "model": name,
@@ -46,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where to write; default benchmarks/results")
     args = parser.parse_args()
-    rows = [sizes(name) for name in MODELS]
+    rows = [sizes(name) for name in PUBLISHED]
     print(table(rows))
     print(write("model_sizes", rows, out=args.out))
 

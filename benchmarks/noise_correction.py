@@ -12,8 +12,8 @@ noise is collected on 256 items, on the float network's samples, and looked at o
   float sampler's, mean over the steps where something is left of its own;
 - latent error and FD: of pictures drawn by the corrected sampler, to the float model's.
 
-`slope="mmse"` and the authors' deviations (`bias="total"`, `variance="released"`) are rows of
-their own, as are samples of the quantized network. Rows in the result file are kept. Writes
+The bias alone, `slope="mmse"`, the authors' deviations (`bias="total"`, `variance="released"`) and
+samples of the quantized network are rows of their own. Rows in the result file are kept. Writes
 `benchmarks/results/noise_correction.json`; without MODEL it prints tables.
 """
 
@@ -44,6 +44,7 @@ VARIANTS = {
     "+ correlated": {"bias": "none", "variance": "none"},
     "+ bias": {"variance": "none"},
     "+ variance": {},
+    "bias alone": {"correlated": False, "variance": "none"},
     "own samples": {"driver": "quantized"},
     "within channels": {"slope": "within"},
     "mmse": {"slope": "mmse", "variance": "none"},

@@ -19,6 +19,7 @@ from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels import tiles_tpu
+from qjax.kernels.one_device import one_device
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import quant_matmul_xla, weight_matmul_xla
@@ -122,7 +123,8 @@ def weight_matmul(
     if size % groups:
         return by_xla(*operands)  # says what is wrong
     chosen = choose(implementation, size=size, groups=groups, fmt=fmt, dtype=x.dtype)
-    return _run(chosen, functools.partial(weight_matmul_tpu, fmt=fmt), by_xla, operands)
+    kernel = functools.partial(weight_matmul_tpu, fmt=fmt)
+    return _run(chosen, kernel, by_xla, operands)
 
 
 def _run(
@@ -134,4 +136,16 @@ def _run(
     """The kernel on its platform, and XLA on others that the program may be lowered for too."""
     if chosen == "xla":
         return by_xla(*operands)
-    return lax.platform_dependent(*operands, default=by_xla, tpu=kernel)
+    there = [array is not None for array in operands]
+
+    def with_nones(function: Callable[..., Array]) -> Callable[..., Array]:
+        def call(*given: Array) -> Array:
+            left = iter(given)
+            return function(*(next(left) if one else None for one in there))
+
+        return call
+
+    xla = with_nones(by_xla)
+    by_kernel = functools.partial(one_device, with_nones(kernel), xla)
+    given = [array for array in operands if array is not None]
+    return lax.platform_dependent(*given, default=xla, tpu=by_kernel)

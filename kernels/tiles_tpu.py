@@ -18,8 +18,8 @@ LANES, ROWS = 128, 32
 # where a v5e has 480 operations of int8 for a byte; measured they are not, for want of a TPU.
 BLOCK_M, BLOCK_N, BLOCK_K = 512, 512, 2304
 # With groups every one of them goes through the float units and is written out in the
-# program: smaller blocks of the sums compile several times faster.
-GROUPED_M, GROUPED_N = 256, 256
+# program: smaller blocks compile several times faster.
+GROUPED_M, GROUPED_N, GROUPED_K = 256, 256, 1152
 # Of the 16 MiB that a kernel may use unless it asks for more.
 VMEM_BYTES = 12 * 2**20
 
@@ -57,9 +57,9 @@ def choose_blocks(
 ) -> Blocks | None:
     """Blocks for any shape; None if no block of the input channels fits VMEM.
 
-    The input channels are taken at once up to `BLOCK_K`, or cut into the largest equal parts
-    that are whole in lanes, groups and packing blocks. Rows and columns are at most
-    512 (256 with groups), and halved until two blocks of everything fit.
+    The input channels are taken at once up to `BLOCK_K` (`GROUPED_K`), or cut into the largest
+    equal parts that are whole in lanes, groups and packing blocks. Rows and columns are at most
+    `BLOCK_M` and `BLOCK_N`, and halved until two blocks of everything fit.
 
     Args:
       rows: Rows of the input.
@@ -69,23 +69,25 @@ def choose_blocks(
       fmt: Storage of the weight.
       itemsize: Bytes of a value of the input.
     """
-    k = size
-    if size > BLOCK_K:
+    most = (BLOCK_M, BLOCK_N, BLOCK_K) if groups == 1 else (GROUPED_M, GROUPED_N, GROUPED_K)
+    m, n, k = *most[:2], size
+    if size > most[2]:
         unit = math.lcm(LANES, size // groups if groups > 1 else 1, fmt.block)
         parts = size // unit
-        wanted = [n * unit for n in range(parts, 0, -1) if parts % n == 0 and n * unit <= BLOCK_K]
+        wanted = [i * unit for i in range(parts, 0, -1) if parts % i == 0 and i * unit <= most[2]]
         if size % unit == 0 and wanted:
             k = wanted[0]
-    m, n = (BLOCK_M, BLOCK_N) if groups == 1 else (GROUPED_M, GROUPED_N)
-    m = min(m, -(-rows // ROWS) * ROWS)
+    # A block of rows is whole lanes of their scales, or all rows.
+    m = min(m, rows)
     n = min(n, -(-columns // LANES) * LANES)
+    half = lambda length: -(-length // (2 * LANES)) * LANES
     while _vmem_bytes(m, n, k, fmt, itemsize) > VMEM_BYTES:
-        if m > 4 * ROWS and m >= n:
-            m = -(-m // (2 * ROWS)) * ROWS
+        if m > LANES and m >= n:
+            m = half(m)
         elif n > LANES:
-            n = -(-n // (2 * LANES)) * LANES
-        elif m > ROWS:
-            m = -(-m // (2 * ROWS)) * ROWS
+            n = half(n)
+        elif m > LANES:
+            m = half(m)
         else:
             return None
     return Blocks(m, n, k)

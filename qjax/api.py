@@ -15,6 +15,7 @@ from qjax.core.plan import Plan
 from qjax.core.typing import Params
 from qjax.models.loading import load_pipeline, load_shapes
 from qjax.models.pipeline import Pipeline
+from qjax.models.published import PUBLISHED, published_shapes
 
 
 def zoo_names() -> list[str]:
@@ -41,10 +42,11 @@ def load(model: str | Path, *, quantize: QuantConfig | Recipe | None = None, **o
     return load_pipeline(folder, quantize=config, name=name, **options)
 
 
-def locate(model: str | Path) -> tuple[Path, str | None]:
+def locate(model: str | Path, *, weights: bool = True) -> tuple[Path, str | None]:
     """The folder that `load(model)` reads, and the model's name where it is not the folder's.
 
-    A repository of the hub is downloaded, or found in the cache of an earlier download.
+    A repository of the hub is downloaded, or found in the cache of an earlier download; without
+    `weights` its configs alone.
 
     Raises:
       FileNotFoundError: If there is nothing of that name.
@@ -61,7 +63,7 @@ def locate(model: str | Path) -> tuple[Path, str | None]:
     if Path(model).is_dir():
         return Path(model), None
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
-        return _download(name), name
+        return _download(name, weights), name
     raise FileNotFoundError(
         f"{name!r} is no model of the zoo ({', '.join(zoo_names())}), no local folder and no hub "
         "id of the form owner/name."
@@ -69,13 +71,22 @@ def locate(model: str | Path) -> tuple[Path, str | None]:
 
 
 def shapes(model: str | Path) -> Params:
-    """The params of `load(model)` as shapes, for `plan`: no weights are read.
+    """The params of `load(model)` as shapes, for `plan`: no weights are read or downloaded.
+
+    Args:
+      model: As for `load`, or the name of a published denoiser: one of `models.published`.
 
     Raises:
-      FileNotFoundError: As `load`.
+      FileNotFoundError: If there is nothing of that name.
       ValueError: As `load`, as far as the configs tell.
     """
-    return load_shapes(locate(model)[0])
+    if str(model) in PUBLISHED and not Path(model).exists():
+        return published_shapes(str(model))
+    try:
+        return load_shapes(locate(model, weights=False)[0])
+    except FileNotFoundError as error:
+        known = f" Published models that can be planned: {', '.join(PUBLISHED)}."
+        raise FileNotFoundError(f"{error}{known}") from error
 
 
 def folder_bytes(folder: Path) -> int:
@@ -83,10 +94,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, weights: bool) -> Path:
     import huggingface_hub
 
-    patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
+    endings = ("json", "safetensors") if weights else ("json",)
+    patterns = [f"{folder}*.{ending}" for folder in ("", "*/") for ending in endings]
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the hub's client raises is one or the other

@@ -20,11 +20,13 @@ from qjax.core.quantize import tree_bytes
 from qjax.core.serialize import flatten
 from qjax.core.typing import Params
 from qjax.models.pipeline import Pipeline
+from qjax.models.published import PUBLISHED
 from qjax.report_data import LayerResult
 from qjax.report_layers import how_quantized, layer_results
 from qjax.report_words import bits_text, bytes_text
 
 MODEL = ("MODEL", "a shipped model, a diffusers folder, a saved folder, or a hub id owner/name")
+PLANNED = (MODEL[0], f"{MODEL[1]}; or without weights {', '.join(PUBLISHED)}")
 
 RECIPE = Option(
     name="recipe",
@@ -281,7 +283,7 @@ COMMANDS = (
         name="plan",
         help="show what quantizing would do to every layer, without doing it",
         run=plan,
-        arguments=(MODEL,),
+        arguments=(PLANNED,),
         options=(RECIPE,),
         takes_quant=True,
         example="qjax plan fashion-dit --recipe w4a8",

@@ -94,6 +94,19 @@ def test_a_hub_id_is_downloaded_and_keeps_its_name(monkeypatch, tmp_path):
     assert not any(pattern.endswith((".bin", ".ckpt", "*")) for pattern in asked[0][1])
 
 
+def test_shapes_of_a_hub_id_need_its_configs_alone(monkeypatch, tmp_path):
+    def snapshot_download(repository, *, allow_patterns):
+        assert all(pattern.endswith(".json") for pattern in allow_patterns)
+        folder = copy_of_the_model(tmp_path / "snapshot")
+        for file in folder.rglob("*.safetensors"):
+            file.unlink()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    shapes = lambda params: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    assert shapes(api.shapes("somebody/a-model")) == shapes(api.shapes(MODEL))
+
+
 @pytest.mark.parametrize("error", [OSError("no network\nat all"), ValueError("bad name")])
 def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch, error):
     def snapshot_download(*_, **__):

@@ -301,6 +301,15 @@ def test_remarks_of_the_library_are_lines_on_stderr(run, monkeypatch, tmp_path):
 # What goes right.
 
 
+@pytest.mark.parametrize("side", [256, 512])
+def test_published_models_are_planned_without_weights(run, side):
+    result = run("plan", f"dit-xl-2-{side}", "--recipe", "q_dit_w4a8", "--json")
+    planned = json.loads(result.out)
+    assert planned["bytes_float16"] == pytest.approx(1349.7e6, rel=1e-4)
+    assert planned["bytes_quantized"] < 0.27 * planned["bytes_float16"]
+    assert sum(leaf["weight"] is not None for leaf in planned["leaves"]) == 28 * 5 + 1
+
+
 def test_plan_lists_every_leaf_and_json_holds_the_same_totals(run):
     words = ("plan", MODEL, "--recipe", "w4a8")
     shown, document = run(*words), run(*words, "--json")
