@@ -41,12 +41,14 @@ def _shape(*avals: Any, kernel: ClosedJaxpr, otherwise: ClosedJaxpr) -> Any:
 
 
 def _batched(
-    operands: Sequence[Array], axes: Sequence[Any], *, kernel: ClosedJaxpr, otherwise: ClosedJaxpr
+    operands: Sequence[Array],
+    axes: Sequence[int | None],
+    *,
+    kernel: ClosedJaxpr,
+    otherwise: ClosedJaxpr,
 ) -> tuple[Array, int]:
-    in_axes = [None if axis is batching.not_mapped else axis for axis in axes]
-
     def mapped(jaxpr: ClosedJaxpr) -> Callable[..., Array]:
-        return jax.vmap(lambda *args: jaxpr_as_fun(jaxpr)(*args)[0], in_axes=in_axes)
+        return jax.vmap(lambda *args: jaxpr_as_fun(jaxpr)(*args)[0], in_axes=list(axes))
 
     return one_device(mapped(kernel), mapped(otherwise), *operands), 0
 
