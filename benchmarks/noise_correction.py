@@ -12,7 +12,7 @@ noise is collected on 256 items, on the float network's samples, and looked at o
   float sampler's, mean over the steps where something is left of its own;
 - latent error and FD: of pictures drawn by the corrected sampler, to the float model's.
 
-The bias alone, `slope="mmse"`, the authors' deviations (`bias="total"`, `variance="released"`) and
+The bias alone, `slope` of other kinds, the authors' deviations (`bias="total"`, `variance="released"`) and
 samples of the quantized network are rows of their own. Rows in the result file are kept. Writes
 `benchmarks/results/noise_correction.json`; without MODEL it prints tables.
 """
@@ -47,6 +47,7 @@ VARIANTS = {
     "bias alone": {"correlated": False, "variance": "none"},
     "own samples": {"driver": "quantized"},
     "within channels": {"slope": "within"},
+    "signed": {"slope": "signed"},
     "mmse": {"slope": "mmse", "variance": "none"},
     "released": {"bias": "total", "variance": "released"},
 }

@@ -114,7 +114,7 @@ class NoiseCorrection:
         for name, allowed in (
             ("driver", ("float", "quantized")),
             ("bias", ("residual", "total", "none")),
-            ("slope", ("pooled", "within", "mmse")),
+            ("slope", ("pooled", "within", "signed", "mmse")),
             ("variance", ("paper", "released", "none")),
         ):
             if getattr(self, name) not in allowed:

@@ -20,6 +20,8 @@ it for independent noise, and absorbs too much.
 The paper's line has one intercept for all channels, though a mean is taken off in each: where
 channels have biases of their own, their differences are mistaken for a slope. `slope="within"`
 takes the moments about each channel's means, which is least squares with all that is corrected.
+Where k is below 0, where the quantized answer is too small, the paper leaves it; `slope="signed"` is
+`"within"` of either sign.
 
 Dividing by `1 + k` is not the best scalar. The answer of least squared error is
 
@@ -48,9 +50,10 @@ from qjax.core.typing import Float, Int
 __all__ = ["Bias", "Correction", "Moments", "Slope", "fit_correction", "residual_test"]
 
 Bias = Literal["residual", "total", "none"]
-Slope = Literal["pooled", "within", "mmse"]
+Slope = Literal["pooled", "within", "signed", "mmse"]
 
-_GAINS = (0.1, 10.0)  # of `slope="mmse"`, for networks whose answer is noise alone
+# Of what is multiplied by, 1 / (1 + k), for networks whose answer is noise alone.
+_GAINS = (0.1, 10.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +171,7 @@ def fit_correction(
       correlated: Whether the part that follows the answer is; else k is 0.
       bias: `"residual"`, the mean of the rest; `"total"`, that of the whole noise, as the authors'
         program has it, which leaves `-k mean(e) / (1 + k)`; or `"none"`.
-      slope: `"pooled"`, the paper's, or `"within"`, both not below 0; or `"mmse"`.
+      slope: `"pooled"`, the paper's, or `"within"`, both not below 0; `"signed"` or `"mmse"`.
     """
     n = moments.count
     mean_e, mean_d = moments.e / n, moments.d / n
@@ -180,6 +183,8 @@ def fit_correction(
         k = max(moments.slope, 0.0)
     elif correlated and slope == "within":
         k = max(_ratio(cov, var_e, 0.0), 0.0)
+    elif correlated and slope == "signed":
+        k = max(_ratio(cov, var_e, 0.0), 1 / _GAINS[1] - 1)
     elif correlated:
         gain = _ratio(var_e + cov, var_e + 2 * cov + var_d, 1.0)
         k = 1 / float(np.clip(gain, *_GAINS)) - 1

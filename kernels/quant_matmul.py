@@ -4,20 +4,26 @@
 |---|---|---|
 | xla | everything | everything: it is the definition |
 | tpu | TPUs | weights of whole tiles (`tiles_tpu.why_not`) |
+| hopper | H100, H200 and their like, jax >= 0.10 | codes of whole blocks (`quant_matmul_hopper.why_not`) |
 
-A named implementation that cannot run raises `NotImplementedError`. `auto` takes the kernel of
-the device where it takes the weight and has something to gain: where the weights are packed or
-have groups. Of plain int8 matrices XLA makes an int8 matmul itself, and fuses what follows.
+A named implementation that cannot run raises `NotImplementedError`. `auto` takes on a TPU the
+kernel where it takes the weight and has something to gain: where the weights are packed or have
+groups; of plain int8 matrices XLA makes an int8 matmul itself, and fuses what follows. On a GPU
+it takes XLA: the kernel for Hopper has run in an interpreter only. `prefer` changes that.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qjax.core.typing import Array, Float, Int
+from qjax.kernels import quant_matmul_hopper as hopper
 from qjax.kernels import tiles_tpu
 from qjax.kernels.one_device import one_device
 from qjax.kernels.packing import Format
@@ -26,18 +32,33 @@ from qjax.kernels.quant_matmul_xla import quant_matmul_xla, weight_matmul_xla
 from qjax.kernels.target import current_target
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
-Implementation = Literal["auto", "xla", "tpu"]
+Implementation = Literal["auto", "xla", "tpu", "hopper"]
+
+_PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred", default=None)
 
 
-def choose(implementation: str, *, size: int, groups: int, fmt: Format, dtype: Any) -> str:
+@contextlib.contextmanager
+def prefer(implementation: Implementation) -> Iterator[None]:
+    """Programs traced within take this one for `auto` where it can run, and else XLA."""
+    token = _PREFERRED.set(implementation)
+    try:
+        yield
+    finally:
+        _PREFERRED.reset(token)
+
+
+def choose(
+    implementation: str, *, size: int, columns: int, groups: int, fmt: Format, dtype: Any
+) -> str:
     """The implementation that runs, for the device that is traced for (`kernels.target`).
 
     Args:
       implementation: One of `Implementation`.
       size: Input channels.
-      groups: Groups of them.
+      columns: Output channels.
+      groups: Groups of input channels.
       fmt: Storage of the weight.
-      dtype: Of what is multiplied.
+      dtype: Of the activations; int8 for codes.
 
     Raises:
       NotImplementedError: If the one that is named cannot run.
@@ -48,25 +69,42 @@ def choose(implementation: str, *, size: int, groups: int, fmt: Format, dtype: A
             f"The implementations of the low-bit matmul are {', '.join(map(repr, names))}; got "
             f"{implementation!r}."
         )
-    if implementation == "xla":
-        return "xla"
-    platform, kind = current_target()
-    reason = None
-    if platform != "tpu":
-        reason = f"it needs a TPU, and programs are traced for {kind} ({platform})"
-    elif dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
-        reason = f"activations must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-    else:
-        reason = tiles_tpu.why_not(size, groups, fmt)
     if implementation == "auto":
+        preferred = _PREFERRED.get()
         gains = fmt.widens or groups > 1
-        return "tpu" if reason is None and gains else "xla"
+        wanted = preferred or ("tpu" if gains and current_target().platform == "tpu" else "xla")
+        can = wanted == "xla" or _why_not(wanted, size, columns, groups, fmt, dtype) is None
+        return wanted if can else "xla"
+    reason = _why_not(implementation, size, columns, groups, fmt, dtype)
     if reason is not None:
         raise NotImplementedError(
             f"The implementation {implementation!r} of the low-bit matmul cannot run here: "
             f"{reason}. implementation='xla' runs everywhere, 'auto' takes what can."
         )
     return implementation
+
+
+def _why_not(
+    implementation: str, size: int, columns: int, groups: int, fmt: Format, dtype: Any
+) -> str | None:
+    """Why an implementation cannot run, as half a sentence; None if it can."""
+    platform, kind = current_target()
+    codes = dtype == jnp.int8
+    if implementation == "tpu":
+        if platform != "tpu":
+            return f"it needs a TPU, and programs are traced for {kind} ({platform})"
+        if not codes and dtype not in (jnp.bfloat16, jnp.float32):
+            return f"activations must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
+        return tiles_tpu.why_not(size, groups, fmt)
+    if implementation == "hopper":
+        if platform != "gpu":
+            return f"it needs a Hopper GPU, and programs are traced for {kind} ({platform})"
+        if jax.__version_info__ < (0, 10):
+            return f"it needs jax >= 0.10, got {jax.__version__}"
+        if not codes:
+            return "it multiplies codes, and these activations are floats"
+        return hopper.why_not(size, columns, groups, kind)
+    return None
 
 
 def quant_matmul(
@@ -97,9 +135,15 @@ def quant_matmul(
 
     if {x_scale.shape[1], w_scale.shape[0]} - {1, groups} or size % groups:
         return by_xla(*operands)  # says what is wrong
-    chosen = choose(implementation, size=size, groups=groups, fmt=fmt, dtype=p.dtype)
-    kernel = functools.partial(quant_matmul_tpu, fmt=fmt, dtype=dtype)
-    return _run(chosen, kernel, by_xla, operands)
+    what: dict[str, Any] = {"size": size, "columns": q.shape[1], "groups": groups, "fmt": fmt}
+    chosen = choose(implementation, dtype=p.dtype, **what)
+    kernels: dict[str, Callable[..., Array]] = {
+        "tpu": quant_matmul_tpu,
+        "hopper": hopper.quant_matmul_hopper,
+    }
+    if chosen == "xla":
+        return by_xla(*operands)
+    return _run(chosen, functools.partial(kernels[chosen], fmt=fmt, dtype=dtype), by_xla, operands)
 
 
 def weight_matmul(
@@ -122,9 +166,11 @@ def weight_matmul(
     size, groups = x.shape[1], w_scale.shape[0]
     if size % groups:
         return by_xla(*operands)  # says what is wrong
-    chosen = choose(implementation, size=size, groups=groups, fmt=fmt, dtype=x.dtype)
-    kernel = functools.partial(weight_matmul_tpu, fmt=fmt)
-    return _run(chosen, kernel, by_xla, operands)
+    what: dict[str, Any] = {"size": size, "columns": q.shape[1], "groups": groups, "fmt": fmt}
+    chosen = choose(implementation, dtype=x.dtype, **what)
+    if chosen == "xla":
+        return by_xla(*operands)
+    return _run(chosen, functools.partial(weight_matmul_tpu, fmt=fmt), by_xla, operands)
 
 
 def _run(
@@ -134,8 +180,6 @@ def _run(
     operands: tuple[Array | None, ...],
 ) -> Array:
     """The kernel on its platform, and XLA on others that the program may be lowered for too."""
-    if chosen == "xla":
-        return by_xla(*operands)
     there = [array is not None for array in operands]
 
     def with_nones(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -148,4 +192,5 @@ def _run(
     xla = with_nones(by_xla)
     by_kernel = functools.partial(one_device, with_nones(kernel), xla)
     given = [array for array in operands if array is not None]
-    return lax.platform_dependent(*given, default=xla, tpu=by_kernel)
+    platform = {"tpu": "tpu", "hopper": "cuda"}[chosen]
+    return lax.platform_dependent(*given, default=xla, **{platform: by_kernel})

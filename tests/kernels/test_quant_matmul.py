@@ -9,14 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.kernels import packing, quant_matmul_xla, tiles_tpu
+from qjax.kernels import packing, quant_matmul_xla
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul import choose, quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul_hopper import quant_matmul_hopper
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import integer_dot, piece_columns
 from qjax.kernels.target import target
 from qjax.kernels.tiles_tpu import Blocks
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
+
+ON_GPU = jax.__version_info__ >= (0, 10)  # whether kernels for GPUs can be lowered
+INTERPRETED = jax.__version_info__ >= (0, 12)
+
+
+def hopper(*operands, **settings):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return quant_matmul_hopper(*operands, interpret=plgpu.InterpretGPUParams(), **settings)
+
 
 # By name: the matmul of codes and that of floats. Kernels are interpreted.
 IMPLEMENTATIONS = {
@@ -28,7 +39,9 @@ IMPLEMENTATIONS = {
         functools.partial(quant_matmul_tpu, interpret=True),
         functools.partial(weight_matmul_tpu, interpret=True),
     ),
+    "hopper": (hopper, None),
 }
+TARGETS = {"tpu": ("tpu", "TPU v5 lite"), "hopper": ("gpu", "NVIDIA H200")}
 
 # The integers are exact. What remains is the epilogue: an int32 read as float32, two
 # products, and one sum per group, each off by at most 2**-24 of its size.
@@ -108,29 +121,33 @@ CASES = [
     Case(bits=4, m=33, k=320, n=130, w_groups=10, w_zero=True),
     Case(bits=4, m=1, k=1152, n=129, x_groups=9, x_zero=True),
     Case(bits=4, packed=False, m=9, k=256, n=70, w_groups=2, w_zero=True),
+    # Columns of whole blocks of a GPU's kernel; groups of one, two and nine of its steps.
+    Case(bits=8, m=150, k=256, n=128, packed=False),
+    Case(bits=4, m=100, k=256, n=96, x_zero=True, w_zero=True),
+    Case(bits=4, m=70, k=384, n=64, x_groups=3, w_groups=3, x_zero=True, w_zero=True),
+    Case(bits=4, m=5, k=384, n=64, w_groups=2, w_zero=True),
+    Case(bits=8, m=70, k=576, n=64, x_groups=2, w_groups=2, x_zero=True, packed=False),
 ]
 
 
 def of_implementation(name: str, case: Case):
-    """The two matmuls, if the implementation takes the weight; else the test is of its refusal."""
-    fmt = stored_format(case)
-    if name == "tpu":
-        reason = tiles_tpu.why_not(case.k, max(case.x_groups, case.w_groups), fmt)
-        if reason is not None:
-            with (
-                target("tpu", "TPU v5 lite"),
-                pytest.raises(NotImplementedError, match="channels|bytes"),
-            ):
-                choose(
-                    "tpu",
-                    size=case.k,
-                    groups=max(case.x_groups, case.w_groups),
-                    fmt=fmt,
-                    dtype=jnp.int8,
-                )
-            return None
-    given = {"blocks": case.blocks} if name != "xla" and case.blocks else {}
-    return tuple(functools.partial(one, **given) for one in IMPLEMENTATIONS[name])
+    """The two matmuls, None for one that the implementation refuses."""
+    if name == "hopper" and not INTERPRETED:
+        pytest.skip("Mosaic GPU's interpreter needs jax >= 0.12")
+    fmt, groups = stored_format(case), max(case.x_groups, case.w_groups)
+    what = {"size": case.k, "columns": case.n, "groups": groups, "fmt": fmt}
+    found = []
+    for one, dtype in zip(IMPLEMENTATIONS[name], (jnp.int8, jnp.float32), strict=True):
+        with target(*TARGETS.get(name, ("cpu", "cpu"))):
+            try:
+                choose(name, dtype=dtype, **what)
+            except NotImplementedError as error:
+                assert "channels" in str(error) or "bytes" in str(error) or one is None
+                found.append(None)
+                continue
+        given = {"blocks": case.blocks} if name == "tpu" and case.blocks else {}
+        found.append(functools.partial(one, **given))
+    return found
 
 
 def draw(case: Case):
@@ -201,12 +218,12 @@ def small_pieces(monkeypatch):
 def test_the_matmul_is_that_of_the_formula(case, implementation, small_pieces):
     if case.pieces:
         small_pieces()
-    matmuls = of_implementation(implementation, case)
-    if matmuls is None:
+    matmul = of_implementation(implementation, case)[0]
+    if matmul is None:
         return
     p, x_scale, x_zero, q, w_scale, w_zero = draw(case)
     packed, fmt = stored(q, case)
-    run = jax.jit(functools.partial(matmuls[0], fmt=fmt))
+    run = jax.jit(functools.partial(matmul, fmt=fmt))
     y = np.asarray(run(p, x_scale, x_zero, packed, w_scale, w_zero))
     wanted, magnitude = reference(p, x_scale, x_zero, q, w_scale, w_zero)
     assert y.dtype == np.float32
@@ -218,13 +235,13 @@ def test_the_matmul_is_that_of_the_formula(case, implementation, small_pieces):
 def test_the_matmul_of_floats_dequantizes(case, implementation, small_pieces):
     if case.pieces:
         small_pieces()
-    matmuls = of_implementation(implementation, case)
-    if matmuls is None:
+    matmul = of_implementation(implementation, case)[1]
+    if matmul is None:
         return
     _, _, _, q, w_scale, w_zero = draw(case)
     x = np.random.default_rng(1).standard_normal((case.m, case.k)).astype(np.float32)
     packed, fmt = stored(q, case)
-    run = jax.jit(functools.partial(matmuls[1], fmt=fmt))
+    run = jax.jit(functools.partial(matmul, fmt=fmt))
     y = run(x, packed, w_scale, w_zero)
     weights = q.astype(np.float64) - (0 if w_zero is None else wide(w_zero, 0, case.k))
     weights = weights * wide(w_scale, 0, case.k)
@@ -239,11 +256,12 @@ def test_unit_scales_give_the_integers_bit_for_bit(implementation, pieces, small
     """Below 2**24 a float32 holds every integer."""
     if pieces:
         small_pieces()
-    case = Case(bits=4, m=9, k=256, x_zero=True, w_zero=True)
+    case = Case(bits=4, m=9, k=256, n=64, x_zero=True, w_zero=True)
+    matmul = of_implementation(implementation, case)[0]
     p, _, x_zero, q, _, w_zero = draw(case)
     packed, fmt = stored(q, case)
-    ones = jnp.ones((9, 1)), jnp.ones((1, 70))
-    run = functools.partial(IMPLEMENTATIONS[implementation][0], fmt=fmt)
+    ones = jnp.ones((9, 1)), jnp.ones((1, 64))
+    run = functools.partial(matmul, fmt=fmt)
     y = jax.jit(run)(p, ones[0], x_zero, packed, ones[1], w_zero)
     exact = (p.astype(np.int64) - x_zero) @ (q.astype(np.int64) - w_zero)
     np.testing.assert_array_equal(np.asarray(y, np.int64), exact)
@@ -313,7 +331,11 @@ def test_unequal_groups_raise():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("abacus", "'auto', 'xla', 'tpu'; got 'abacus'"), ("tpu", "it needs a TPU")],
+    [
+        ("abacus", "'auto', 'xla', 'tpu', 'hopper'; got 'abacus'"),
+        ("tpu", "it needs a TPU"),
+        ("hopper", "it needs a Hopper GPU"),
+    ],
 )
 def test_an_implementation_that_cannot_run_says_so(name, message):
     p, one, q = jnp.zeros((1, 32), jnp.int8), jnp.ones((1, 1)), jnp.zeros((32, 1), jnp.int8)
@@ -323,12 +345,19 @@ def test_an_implementation_that_cannot_run_says_so(name, message):
         weight_matmul(jnp.ones((1, 32)), q, one, None, fmt=Format(bits=8), implementation=name)
 
 
-def test_on_a_tpu_the_kernel_is_for_packed_and_grouped_weights():
+def test_on_a_tpu_the_kernel_is_for_packed_and_grouped_weights_and_on_a_gpu_if_preferred():
     packed = Format(bits=4, block=256, packed=True)
     with target("tpu", "TPU v5 lite"):
-        chosen = functools.partial(choose, "auto", dtype=jnp.int8)
+        chosen = functools.partial(choose, "auto", columns=96, dtype=jnp.int8)
         assert chosen(size=1024, groups=1, fmt=packed) == "tpu"
         assert chosen(size=1024, groups=8, fmt=Format(bits=8)) == "tpu"
         assert chosen(size=1024, groups=1, fmt=Format(bits=8)) == "xla"
         assert chosen(size=1024, groups=64, fmt=packed) == "xla"  # groups of 16
-    assert choose("auto", size=1024, groups=1, fmt=packed, dtype=jnp.int8) == "xla"
+    what = {"size": 1024, "columns": 96, "groups": 1, "fmt": packed, "dtype": jnp.int8}
+    assert choose("auto", **what) == "xla"
+    with target("gpu", "NVIDIA H200"):
+        assert choose("auto", **what) == "xla"
+        with prefer("hopper"):
+            assert choose("auto", **what) == ("hopper" if ON_GPU else "xla")
+    with target("gpu", "Tesla T4"), prefer("hopper"):
+        assert choose("auto", **what) == "xla"

@@ -1,0 +1,66 @@
+"""Every layer of the published models is one that the kernels take, and lowers for a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qjax import recipes
+from qjax.core.ops import _matrix_format
+from qjax.core.qtensor import is_qtensor
+from qjax.core.quantize import quantize
+from qjax.core.serialize import flatten
+from qjax.kernels import quant_matmul_hopper, tiles_tpu
+from qjax.kernels.packing import Format
+from qjax.kernels.quant_matmul import quant_matmul
+from qjax.kernels.target import target
+from qjax.models.published import published_shapes
+
+
+@functools.cache
+def shapes(model: str):
+    return published_shapes(model)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "q_dit_w4a8"])
+@pytest.mark.parametrize(
+    "model", ["dit-xl-2-256", "sd-v1-4", pytest.param("sdxl-1.0", marks=pytest.mark.slow)]
+)
+def test_every_layer_is_taken_as_a_matmul_of_patches(model, recipe):
+    found = quantize(shapes(model), recipes.by_name(recipe).quant)
+    layers = [(path, leaf) for path, leaf in flatten(found) if is_qtensor(leaf)]
+    assert len(layers) > 100
+    for path, q in layers:
+        *taps, inputs, outputs = q.shape
+        taps = taps[0] * taps[1] if taps else 1
+        size = taps * inputs
+        groups = taps * q.num_groups if q.num_groups > 1 else 1
+        on_gpu = quant_matmul_hopper.why_not(size, outputs, groups, "NVIDIA H200")
+        assert on_gpu is None, (path, on_gpu)
+        on_tpu = tiles_tpu.why_not(size, groups, _matrix_format(q))
+        assert on_tpu is None, (path, on_tpu)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="kernels for GPUs need jax >= 0.10")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "groups", "zeros"),
+    [
+        (8192, 1152, 4608, 1, False),
+        (8192, 4608, 1152, 36, True),
+        (4096, 320, 2560, 1, True),
+        (4096, 2880, 320, 45, True),
+        (1000, 1152, 3456, 4, True),
+        (77, 768, 320, 1, False),
+    ],
+)
+def test_the_kernel_for_hopper_lowers_without_a_gpu(m, k, n, groups, zeros, dtype):
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    zero = lambda *sizes: shape(jnp.int8, *sizes) if zeros else None
+    x = shape(jnp.int8, m, k), shape(jnp.float32, m, groups), zero(m, groups)
+    w = shape(jnp.int8, k, n), shape(jnp.bfloat16, groups, n), zero(groups, n)
+    run = functools.partial(quant_matmul, fmt=Format(bits=8), dtype=dtype, implementation="hopper")
+    with target("gpu", "NVIDIA H200"):
+        lowered = jax.jit(run).trace(*x, *w).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
