@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from qjax.calibrate.programs import drop_programs
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
 from qjax.core.quantize import quantize
@@ -225,6 +226,7 @@ def run(
         parts = None if folder is None else folder / f"{_stage_folder(recipe, i)}-parts"
         if parts is not None and not resume:
             _remove_parts(parts)
+        drop_programs()
         state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event))
         if folder is not None:
             _write_floats(folder, recipe, i, state.floats)

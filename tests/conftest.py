@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import collections
 import gc
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -23,6 +24,16 @@ def few_collections():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """A process of tests compiles thousands of programs."""
+    yield
+    if "qjax.calibrate" in sys.modules:
+        from qjax.calibrate.programs import drop_programs
+
+        drop_programs()
 
 
 @pytest.fixture

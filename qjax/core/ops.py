@@ -96,8 +96,8 @@ def _matmul(x: Float[Array, "m i"], w: QTensor, row: dict[str, Array]) -> Float[
     if w.act is None:
         return weight_matmul(x, w.qvalue, scale, zero_point, fmt=fmt)
     p = _activation_codes(x, w.act, row, (-1,))
-    y = quant_matmul(p.codes, p.scale, p.zero_point, w.qvalue, scale, zero_point, fmt=fmt)
-    return y.astype(x.dtype)
+    parts = (p.codes, p.scale, p.zero_point, w.qvalue, scale, zero_point)
+    return quant_matmul(*parts, fmt=fmt, dtype=x.dtype)
 
 
 @_matmul.defjvp
@@ -180,8 +180,8 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
 
         x_zero = None if p.zero_point is None else per_row(p.zero_point)
         x_parts = (patches.reshape(-1, k), per_row(p.scale), x_zero)
-        y = quant_matmul(*x_parts, *_as_matrix(w), fmt=_matrix_format(w))
-        return y.reshape(*image, o).astype(x.dtype)
+        y = quant_matmul(*x_parts, *_as_matrix(w), fmt=_matrix_format(w), dtype=x.dtype)
+        return y.reshape(*image, o)
 
     def scaled(dots):
         y = dots.astype(jnp.float32) * p.scale * w.scale.astype(jnp.float32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.calibrate import programs
 from qjax.calibrate import recipe as recipes
 from qjax.calibrate.recipe import Recipe, State, quant_config, quantize_pipeline, run
 from qjax.calibrate.work import Work
@@ -239,3 +240,14 @@ def test_a_recipe_or_a_config_is_asked_for():
         quant_config("w4a8")
     with pytest.raises(TypeError, match="got function. Call it"):
         quant_config(lambda: QUANT)
+
+
+def test_programs_are_dropped_once_the_process_has_many_maps(tmp_path, monkeypatch):
+    compiled = jax.jit(lambda x: x + 1)
+    compiled(jnp.zeros(3))
+    monkeypatch.setattr(programs, "MAPS", tmp_path / "maps")
+    assert not programs.drop_programs()  # no such file
+    programs.MAPS.write_text("a map\n" * programs.MOST)
+    assert not programs.drop_programs() and compiled._cache_size() == 1
+    programs.MAPS.write_text("a map\n" * (programs.MOST + 1))
+    assert programs.drop_programs() and compiled._cache_size() == 0
