@@ -49,8 +49,10 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], in
 def measure(name: str) -> dict[str, Any]:
     """Fit one block in this process: sizes, seconds, errors and the peak of memory."""
     build, shapes, items, batch = BLOCKS[name]
-    # Twenty iterations are too few to decide roundings by: a weak term leaves them open.
-    settings = FitSettings(iterations=ITERATIONS, batch=batch, chunk=10, strength=0.1)
+    # Twenty iterations are too few to decide roundings: a weak term and small steps.
+    settings = FitSettings(
+        iterations=ITERATIONS, batch=batch, chunk=10, strength=0.1, weight_rate=1e-3
+    )
     rng = np.random.default_rng(0)
     args = tuple(_fit_problem.normal(rng, items, *shape) for shape in shapes)
     runner, problem, begin = _fit_problem.make(build(), args, settings, act=ACT, batch=batch)
