@@ -624,6 +624,7 @@ def test_the_demo_quantizes_saves_compares_and_writes_pages(run, monkeypatch, tm
     assert json.loads(again.out)["models"].keys() == {MODEL}
 
 
+@pytest.mark.slow
 def test_the_full_demo_calibrates_and_takes_over_what_an_earlier_one_has_done(
     run, monkeypatch, tmp_path
 ):

@@ -47,6 +47,7 @@ def corrected(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_noise_of_every_step_is_plotted(corrected):
     plots = sorted(corrected.glob("stage-1-noisecorrection-parts/*.svg"))
     assert [plot.name for plot in plots] == ["noise.svg", "normality.svg", "slope.svg"]
@@ -54,6 +55,7 @@ def test_the_noise_of_every_step_is_plotted(corrected):
         assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
 def test_a_correction_of_another_run_is_refused_until_it_is_retargeted(run, corrected, tmp_path):
     saved = corrected / "final"
     picture = tmp_path / "shoe.png"

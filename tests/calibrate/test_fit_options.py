@@ -69,6 +69,7 @@ def changed(before, after):
 # Which layers.
 
 
+@pytest.mark.slow
 def test_layers_left_out_keep_the_integers_of_nearest_rounding_and_ranges_may_be_left(fixed):
     """Blocks are chosen by their layers' whole paths."""
     fit = FitSettings(
@@ -95,6 +96,7 @@ def test_an_expression_that_no_layer_holds_is_refused(fixed):
 # When to stop.
 
 
+@pytest.mark.slow
 def test_layers_stop_once_their_integers_have_come_to_rest_and_not_without_freezing(fixed):
     run = fixed.calibration()
     block = run.student.whole()
@@ -133,6 +135,7 @@ def test_layers_stop_once_their_integers_have_come_to_rest_and_not_without_freez
 # Blocks' outputs.
 
 
+@pytest.mark.slow
 def test_distillation_is_the_mean_relative_error_of_the_blocks_and_lowers_it(fixed):
     run = fixed.calibration()
     problem = network_problem(run, fixed.buffer, PAIRS)

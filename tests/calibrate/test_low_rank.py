@@ -232,6 +232,7 @@ np.save(sys.argv[2], np.asarray(pipe(**settings, output="latent")))
 """
 
 
+@pytest.mark.slow
 def test_a_save_draws_the_same_bits_in_a_new_process(split, tmp_path):
     made = split[1].student
     made.save(tmp_path / "saved")
@@ -240,6 +241,7 @@ def test_a_save_draws_the_same_bits_in_a_new_process(split, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "drawn.npy"), draw(made))
 
 
+@pytest.mark.slow
 def test_fitting_goes_on_from_there_and_a_killed_run_ends_with_the_same_bits(
     dit, quantize, tmp_path, monkeypatch
 ):

@@ -229,6 +229,7 @@ def test_the_row_of_a_step_has_no_gradient_where_the_batch_has_no_such_step(dit_
         assert float(jnp.abs(one["log_scale"][jnp.array([0, 2])]).max()) > 0.0
 
 
+@pytest.mark.slow
 def test_a_convolution_block_is_fitted_without_gradients_of_convolutions_in_the_loop(unet_fixed):
     """XLA:CPU's own gradients of convolutions are 50 times slower in a scan."""
     group = next(g for g in unet_fixed.groups if "conv1" in g[0].layers)
@@ -275,6 +276,7 @@ def test_settings_outside_their_range_are_refused():
         SerialParallelSettings(samples="mine")
 
 
+@pytest.mark.slow
 def test_without_ranges_to_fit_the_input_may_be_dynamic(dit, quantize):
     fixed = Fixed(dit, quantize(dit, act=ActSpec()))
     block = fixed.groups[0][0]

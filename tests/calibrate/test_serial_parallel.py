@@ -59,6 +59,7 @@ def test_fitting_the_network_lowers_it_too(dit, student, ranges_only, error):
     assert error(dit, whole) < 0.99 * error(dit, ranges_only)
 
 
+@pytest.mark.slow
 def test_at_8_bits_nothing_gets_worse(dit, quantize, error):
     student = quantize(dit, bits=8)
     before = run(dit, recipe_of(student, fits="ranges"), seed=1)

@@ -204,6 +204,7 @@ def test_a_search_finds_no_more_error_than_a_fixed_alpha(outliers, smoothed):
     assert searched < 1.2 * fixed
 
 
+@pytest.mark.slow
 def test_stages_after_it_start_from_the_folded_floats(outliers, tmp_path):
     ranges = SerialParallel(
         steps=2, data=CalibrationSet(items=4), fits="ranges", batch=4, ranges="minmax"

@@ -181,6 +181,7 @@ np.save(sys.argv[2], np.asarray(images))
 """
 
 
+@pytest.mark.slow
 def test_a_save_draws_the_same_bits_in_a_new_process_without_float_time_weights(tmp_path):
     made = tabulated(float_pipeline("ldm"), keep=None)
     made.save(tmp_path / "saved")

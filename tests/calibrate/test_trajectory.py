@@ -116,6 +116,7 @@ def test_a_sample_at_the_end_moves_no_further(arrived):
     assert np.abs(arrived[2][0] - arrived[1][0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_fit_brings_the_sample_two_steps_later_nearer_and_teaches_both_steps_ranges(fixed):
     run = fixed.run
     before = run.tables

@@ -175,6 +175,7 @@ def folders(tmp_path):
 LOOPS_LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
+@pytest.mark.slow
 @LOOPS_LEFT_OPEN
 def test_an_interrupted_training_goes_on_to_the_same_bits(data, folders, monkeypatch):
     train_in_two_parts("fashion-features", data, folders, monkeypatch)
