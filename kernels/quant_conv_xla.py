@@ -1,15 +1,15 @@
 """Low-bit convolution as matmuls of int8 patches, in plain XLA.
 
 A convolution is the matmul of its patches, `[b, h, w, taps * i]`, with its kernel read as
-`[taps * i, o]`. Patches of int8 codes cost a quarter of the memory of float ones. Three forms
+`[taps * i, o]`. Patches of int8 codes cost a quarter of the memory of float ones. Four forms
 give the same integers:
 
 - `im2col` gathers all taps side by side, for one matmul;
 - `shifted_dots` adds up one matmul per tap, of the shifted image, and gathers nothing;
-- `float_dots` is the float convolution of the integers, exact while sums stay below 2**24.
-
-XLA's own int8 convolution is about as fast on a CPU, but six times slower with few
-channels, and weak on GPUs (jax#7637).
+- `float_dots` is the float convolution of the integers, exact while sums stay below 2**24;
+- `native_dots` is XLA's own integer convolution, for TPUs, whose matrix unit does it without
+  any patches in memory. It is about as fast as patches on a CPU, but six times slower with few
+  channels, and weak on GPUs (jax#7637).
 
 With float activations the weights are what must not grow: `weight_conv_xla` dequantizes one
 tap at a time.
@@ -103,6 +103,33 @@ def shifted_dots(
         return jnp.matmul(view, codes, preferred_element_type=jnp.int32)
 
     return _sum_of_taps(tap, x, q.shape, strides, jnp.int32)
+
+
+def native_dots(
+    x: Int[Array, "b h w i"],
+    q: Int[Array, "kh kw i o"],
+    strides: int,
+    x_zero: Int[Array, "#b 1 1 1"] | None = None,
+) -> Int[Array, "b h2 w2 o"]:
+    """The integer convolution of a padded image by XLA's, in int32.
+
+    Args:
+      x: Codes of the image, int8, padded with their zero point.
+      q: Codes of the weights, int8.
+      strides: Step between output pixels.
+      x_zero: Zero points of the images, or None.
+    """
+    dots = lax.conv_general_dilated(
+        x,
+        q,
+        (strides, strides),
+        "VALID",
+        dimension_numbers=IMAGE,
+        preferred_element_type=jnp.int32,
+    )
+    if x_zero is None:
+        return dots
+    return dots - x_zero.astype(jnp.int32) * jnp.sum(q, axis=(0, 1, 2), dtype=jnp.int32)
 
 
 def float_dots(

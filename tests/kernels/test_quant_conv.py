@@ -14,6 +14,7 @@ from qjax.kernels.quant_conv_xla import (
     float_dots,
     float_dots_are_exact,
     im2col,
+    native_dots,
     pad_image,
     shifted_dots,
     weight_conv_xla,
@@ -64,6 +65,7 @@ def test_all_forms_give_the_integers_of_the_definition(kernel, strides, padding)
             dot(patches, q.reshape(-1, q.shape[-1])),
             shifted_dots(padded, q, strides, Format(bits=8)),
             float_dots(x, q, strides, padding),
+            native_dots(padded, q, strides),
         )
 
     wanted = convolve(x.astype(np.int64), q.astype(np.int64), strides, padding)
@@ -82,13 +84,15 @@ def test_codes_padded_with_their_zero_point_are_floats_padded_with_zero(kernel, 
     def corrected(x, q):
         codes = pad_image(x, padding, jnp.asarray(zero_point, jnp.int32))
         taps = jnp.sum(q, axis=(0, 1, 2), dtype=jnp.int32)
+        zero = jnp.asarray(zero_point, jnp.int32)
         return (
-            shifted_dots(codes, q, strides, Format(bits=8))
-            - jnp.asarray(zero_point, jnp.int32) * taps
+            shifted_dots(codes, q, strides, Format(bits=8)) - zero * taps,
+            native_dots(codes, q, strides, zero),
         )
 
     wanted = convolve(x64 - zero_point, q64, strides, padding)
-    np.testing.assert_array_equal(corrected(x, q), wanted)
+    for result in corrected(x, q):
+        np.testing.assert_array_equal(result, wanted)
 
 
 @pytest.mark.parametrize("kernel, strides, padding", GEOMETRIES)

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax import recipes
+from qjax.core import ops
 from qjax.core.config import QuantConfig
 from qjax.core.quantize import quantize
 from qjax.kernels.packing import Format, packed_size
@@ -61,10 +62,10 @@ def shape(dtype, *sizes):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def stored(bits: int, k: int, n: int):
+def stored(bits: int, k: int, n: int, *, native: bool = False):
     """Shape and format of a weight's codes."""
-    if bits == 8:
-        return shape(jnp.int8, k, n), Format(bits=8)
+    if bits == 8 or native:
+        return shape(jnp.int8 if bits == 8 else jnp.int4, k, n), Format(bits=bits)
     block, rows, pad = packed_size(k, bits)
     return shape(jnp.uint8, rows, n), Format(bits=bits, block=block, pad=pad, packed=True)
 
@@ -149,6 +150,21 @@ def test_a_block_of_a_model_compiles(chips, name, recipe):
         assert found == 0 and "s32[" in compiled.as_text()  # XLA's own int8 matmuls
     else:
         assert found > 0
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "s2p_w8a8"])
+def test_a_convolution_of_8_bits_is_one_of_integers_without_patches(chips, recipe):
+    quant = recipes.by_name(recipe).quant
+    kernel = shape(jnp.bfloat16, 3, 3, 320, 320)
+    w = quantize({"kernel": kernel}, QuantConfig(weight=quant.weight, act=quant.act))["kernel"]
+    x = shape(jnp.bfloat16, 2, 64, 64, 320)
+    number = shape(jnp.float32)
+    row = {"act_scale": number, "act_zero_point": number, "act_qmin": number, "act_qmax": number}
+    compiled = compile_for(chips[0], lambda x, w, row: ops.conv(x, w, row=row), x, w, row)
+    found = re.findall(
+        r"= s32\[[^\n]* convolution\([^\n]*window={size=(\d+x\d+)", compiled.as_text()
+    )
+    assert found == ["3x3"]
 
 
 def test_several_devices_share_a_matmul_by_xla_and_do_their_own_by_the_kernel(chips):
