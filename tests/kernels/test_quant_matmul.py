@@ -90,15 +90,12 @@ CASES = [
     Case(bits=4, x_groups=3, w_groups=3, x_zero=True, w_zero=True, pieces=True),
     Case(bits=3, m=7, k=333, n=65, w_shared=True, pieces=True),
     # Several blocks on every axis, the last of rows and columns in part.
-    *(
-        Case(bits=bits, m=70, k=1024, n=150, blocks=Blocks(32, 128, 256))
-        for bits in (2, 3, 4, 6, 8)
-    ),
+    *(Case(bits=bits, m=40, k=512, n=130, blocks=Blocks(32, 128, 256)) for bits in (2, 3, 4, 6, 8)),
     Case(
         bits=8,
-        m=70,
+        m=40,
         k=1024,
-        n=150,
+        n=130,
         packed=False,
         x_zero=True,
         w_zero=True,
@@ -109,7 +106,7 @@ CASES = [
             bits=4,
             m=40,
             k=1152,
-            n=150,
+            n=130,
             x_groups=g,
             w_groups=g,
             x_zero=True,
