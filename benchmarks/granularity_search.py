@@ -35,6 +35,8 @@ noise, for the winner and for the uniform groups. Rows in the result file are ke
 
 import argparse
 import dataclasses
+import itertools
+import json
 import time
 from collections import ChainMap
 from pathlib import Path
@@ -172,6 +174,16 @@ def with_outliers(pipe: qjax.Pipeline, factor: float) -> qjax.Pipeline:
     return pipe.replace(params=with_leaves(pipe.params, changed))
 
 
+def searched(out: Path) -> float:
+    """Seconds that a search took, from its log: of all processes, if it was killed and resumed."""
+    total = 0.0
+    for log in out.rglob("log.jsonl"):
+        clock = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+        # A new process begins at 0 again.
+        total += sum(b - a if b >= a else b for a, b in itertools.pairwise([0.0, *clock]))
+    return round(total, 1)
+
+
 def markdown(known: Rows) -> str:
     """The rows as tables: means over seeds, and their standard deviations."""
     lines = []
@@ -307,6 +319,8 @@ def main() -> None:
                     latents = judged.draw(made)
                 found = [e for e in events if e["event"] == "winner"]
                 won = {k: v for e in found for k, v in e.items() if k not in ("event", "seconds")}
+                if out is not None:
+                    won["search_seconds"] = searched(out)
                 result = {
                     **what,
                     **judged(latents),

@@ -13,7 +13,7 @@ def drop_programs() -> bool:
     """Drop all compiled programs if this process is half way to the limit of memory maps.
 
     Every program of XLA:CPU maps memory of its own, and at the limit the next compilation
-    ends the process (a segmentation fault): after some thirty calibrations of small models.
+    ends the process (a segmentation fault): after eighteen calibrations of small models.
     What is needed again is compiled again. Does nothing where there is no `/proc`.
 
     Returns:

@@ -28,7 +28,7 @@ from qjax.kernels import tiles_tpu
 from qjax.kernels.one_device import one_device
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
-from qjax.kernels.quant_matmul_xla import quant_matmul_xla, weight_matmul_xla
+from qjax.kernels.quant_matmul_xla import quant_matmul_xla, shared_groups, weight_matmul_xla
 from qjax.kernels.target import current_target
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
@@ -128,13 +128,11 @@ def quant_matmul(
       NotImplementedError: If the implementation asked for cannot run here.
     """
     operands = (p, x_scale, x_zero, q, w_scale, w_zero)
-    size, groups = p.shape[1], max(x_scale.shape[1], w_scale.shape[0])
+    size, groups = p.shape[1], shared_groups(p, x_scale, w_scale)
 
     def by_xla(*operands: Any) -> Array:
         return quant_matmul_xla(*operands, fmt=fmt).astype(dtype)
 
-    if {x_scale.shape[1], w_scale.shape[0]} - {1, groups} or size % groups:
-        return by_xla(*operands)  # says what is wrong
     what: dict[str, Any] = {"size": size, "columns": q.shape[1], "groups": groups, "fmt": fmt}
     chosen = choose(implementation, dtype=p.dtype, **what)
     kernels: dict[str, Callable[..., Array]] = {

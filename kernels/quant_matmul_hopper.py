@@ -19,6 +19,7 @@ from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
+from qjax.kernels.quant_matmul_xla import shared_groups, sums_by_group
 
 # Names of chips with `wgmma` for int8, as JAX calls their kind.
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")
@@ -190,16 +191,10 @@ def quant_matmul_hopper(
     tile: Tile | None = None,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
-    """The low-bit matmul of `quant_matmul_xla`.
+    """The low-bit matmul of `quant_matmul_xla`, which says what the operands are.
 
     Args:
-      p: Activation codes, int8.
-      x_scale: Steps of the activations; an axis of size 1 is shared.
-      x_zero: Zero points of the activations, shaped as `x_scale`, or None.
-      q: Weight codes as `fmt` stores them along the first axis.
-      w_scale: Steps of the weights; an axis of size 1 is shared.
-      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
-      fmt: Storage of `q`.
+      p, x_scale, x_zero, q, w_scale, w_zero, fmt: As there; `why_not` says which are taken.
       dtype: Of the result; sums are in float32 before.
       tile: Sizes of a block; None for `choose_tile`.
       interpret: Parameters of Mosaic GPU's interpreter (jax >= 0.12), to run anywhere, slowly.
@@ -207,7 +202,7 @@ def quant_matmul_hopper(
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     (rows, size), columns = p.shape, q.shape[1]
-    groups = max(x_scale.shape[1], w_scale.shape[0])
+    groups = shared_groups(p, x_scale, w_scale)
     dtype = jnp.dtype(dtype)
     tile = tile or choose_tile(rows, size, columns, groups=groups, itemsize=dtype.itemsize)
     padded = -(-rows // (WARPGROUPS * tile.m)) * WARPGROUPS * tile.m
@@ -220,11 +215,6 @@ def quant_matmul_hopper(
     def of_columns(array: Array, dtype: Any) -> Array:
         return jnp.broadcast_to(array.astype(dtype), (array.shape[0], columns))
 
-    def sums(array: Array, axis: int) -> Array:
-        """Of the codes of every group, along an axis."""
-        cut = (*array.shape[:axis], groups, size // groups, *array.shape[axis + 1 :])
-        return jnp.sum(array.reshape(cut), axis=axis + 1, dtype=jnp.int32)
-
     operands = {
         "p": jnp.pad(p, ((0, padded - rows), (0, 0))),
         "q": codes.T,
@@ -233,10 +223,10 @@ def quant_matmul_hopper(
     }
     if w_zero is not None:
         operands["w_zero"] = of_columns(w_zero, jnp.int32)
-        operands["x_sum"] = of_rows(sums(p, 1), jnp.int32)
+        operands["x_sum"] = of_rows(sums_by_group(p, groups, 1), jnp.int32)
     if x_zero is not None:
         operands["x_zero"] = of_rows(x_zero, jnp.int32)
-        weight_sums = sums(codes, 0)
+        weight_sums = sums_by_group(codes, groups, 0)
         if w_zero is not None:
             weight_sums = weight_sums - size // groups * w_zero.astype(jnp.int32)
         operands["w_sum"] = of_columns(weight_sums, jnp.int32)

@@ -17,7 +17,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -25,7 +24,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
-from qjax.kernels.tiles_tpu import LANES, ROWS, Blocks, choose_blocks, unpack_words
+from qjax.kernels.quant_matmul_xla import shared_groups, sums_by_group
+from qjax.kernels.tiles_tpu import (
+    LANES,
+    ROWS,
+    Blocks,
+    by_steps,
+    call_by_blocks,
+    choose_blocks,
+    unpack_words,
+)
 
 
 def _dot(p: Int[Array, "m k"], q: Int[Array, "k n"]) -> Int[Array, "m n"]:
@@ -122,73 +130,41 @@ def quant_matmul_tpu(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """The low-bit matmul of `quant_matmul_xla`.
+    """The low-bit matmul of `quant_matmul_xla`, which says what the operands are.
 
     Args:
-      p: Activation codes, int8.
-      x_scale: Steps of the activations; an axis of size 1 is shared.
-      x_zero: Zero points of the activations, shaped as `x_scale`, or None.
-      q: Weight codes as `fmt` stores them along the first axis.
-      w_scale: Steps of the weights; an axis of size 1 is shared.
-      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
-      fmt: Storage of `q`; `tiles_tpu.why_not` says which are taken.
+      p, x_scale, x_zero, q, w_scale, w_zero, fmt: As there; `tiles_tpu.why_not` says which
+        weights are taken.
       dtype: Of the result; sums are in float32 before.
       blocks: Sizes of a step; None for `tiles_tpu.choose_blocks`.
       interpret: Whether to run on any device, slowly.
     """
     (rows, size), columns = p.shape, q.shape[1]
-    groups = max(x_scale.shape[1], w_scale.shape[0])
+    groups = shared_groups(p, x_scale, w_scale)
     blocks = blocks or choose_blocks(rows, size, columns, groups=groups, fmt=fmt)
     assert blocks is not None  # what `why_not` is for
-    m, n, k = blocks
-    steps = size // k
-
-    def by_steps(array: Array, length: int, dtype: Any) -> Array:
-        """`[groups, length or 1]` as `[steps, groups of a step, length]`."""
-        array = jnp.broadcast_to(array.astype(dtype), (array.shape[0], length))
-        return array.reshape(steps if array.shape[0] > 1 else 1, -1, length)
-
+    steps = size // blocks.k
     operands = {
         "p": p,
         "q": q,
-        "x_scale": by_steps(x_scale.T, rows, jnp.float32),
-        "w_scale": by_steps(w_scale, columns, jnp.float32),
+        "x_scale": by_steps(x_scale.T, steps, rows, jnp.float32),
+        "w_scale": by_steps(w_scale, steps, columns, jnp.float32),
     }
     if x_zero is not None:
-        operands["x_zero"] = by_steps(x_zero.T, rows, jnp.int32)
+        operands["x_zero"] = by_steps(x_zero.T, steps, rows, jnp.int32)
     if w_zero is not None:
-        operands["w_zero"] = by_steps(w_zero, columns, jnp.int32)
-        sums = jnp.sum(p.reshape(rows, groups, -1), axis=-1, dtype=jnp.int32)
-        operands["x_sum"] = by_steps(sums.T, rows, jnp.int32)
-
-    def spec(name: str, array: Array) -> pl.BlockSpec:
-        if name == "p":
-            return pl.BlockSpec((m, k), lambda i, j, s: (i, s))
-        if name == "q":
-            return pl.BlockSpec((array.shape[0] // steps, n), lambda i, j, s: (s, j))
-        own = array.shape[0] > 1
-        if name.startswith("x"):
-            return pl.BlockSpec((None, array.shape[1], m), lambda i, j, s: (s if own else 0, 0, i))
-        return pl.BlockSpec((None, array.shape[1], n), lambda i, j, s: (s if own else 0, 0, j))
-
+        operands["w_zero"] = by_steps(w_zero, steps, columns, jnp.int32)
+        operands["x_sum"] = by_steps(sums_by_group(p, groups, 1).T, steps, rows, jnp.int32)
+    m, n, _ = blocks
     scratch = {"total": pltpu.VMEM((m, n), jnp.int32 if groups == 1 else jnp.float32)}
     if x_zero is not None and groups == 1:
         scratch["weight_sums"] = pltpu.VMEM((ROWS, n), jnp.int32)
-    return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            names=(*operands, "y", *scratch),
-            fmt=fmt,
-            group=size // groups if groups > 1 else None,
-        ),
-        grid=(pl.cdiv(rows, m), pl.cdiv(columns, n), steps),
-        in_specs=[spec(name, array) for name, array in operands.items()],
-        out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+    return call_by_blocks(
+        functools.partial(_kernel, fmt=fmt, group=size // groups if groups > 1 else None),
+        operands,
+        scratch,
+        blocks=blocks,
+        dtype=dtype,
         interpret=interpret,
         name="quant_matmul",
-    )(*operands.values())
+    )

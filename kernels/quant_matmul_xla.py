@@ -105,6 +105,29 @@ def workspace_bytes(
     return outside + piece * (2 * size + 4 * rows * (2 if groups > 1 else 1))
 
 
+def shared_groups(
+    p: Int[Array, "m k"], x_scale: Float[Array, "m gx"], w_scale: Float[Array, "g n"]
+) -> int:
+    """Groups of input channels; 1 where one scale is for all.
+
+    Raises:
+      ValueError: If those of activations and weights differ, or do not divide the channels.
+    """
+    groups = max(x_scale.shape[1], w_scale.shape[0])
+    if {x_scale.shape[1], w_scale.shape[0]} - {1, groups} or p.shape[1] % groups:
+        raise ValueError(
+            "Activations and weights need the same groups, or one for all; got "
+            f"{x_scale.shape[1]} and {w_scale.shape[0]} groups of {p.shape[1]} input channels."
+        )
+    return groups
+
+
+def sums_by_group(codes: Int[Array, "a b"], groups: int, axis: int) -> Int[Array, "c d"]:
+    """Sums of codes along an axis, one for every group of it."""
+    cut = (*codes.shape[:axis], groups, codes.shape[axis] // groups, *codes.shape[axis + 1 :])
+    return jnp.sum(codes.reshape(cut), axis=axis + 1, dtype=jnp.int32)
+
+
 def integer_dot(
     p: Int[Array, "m k"],
     q: Int[Array, "k n"],
@@ -153,13 +176,7 @@ def quant_matmul_xla(
     Raises:
       ValueError: If the groups of activations and weights are of unequal size.
     """
-    rows, size = p.shape
-    groups = max(x_scale.shape[1], w_scale.shape[0])
-    if {x_scale.shape[1], w_scale.shape[0]} - {1, groups} or size % groups:
-        raise ValueError(
-            "Activations and weights need the same groups, or one for all; got "
-            f"{x_scale.shape[1]} and {w_scale.shape[0]} groups of {size} input channels."
-        )
+    (rows, size), groups = p.shape, shared_groups(p, x_scale, w_scale)
     x_scale = x_scale.astype(jnp.float32)
     if groups > 1:
         p_groups = jnp.moveaxis(p.reshape(rows, groups, size // groups), 1, 0)

@@ -1,10 +1,13 @@
-"""What the kernels for TPUs share: which weights they take, block sizes, unpacking in VMEM."""
+"""What the matmuls for TPUs share: weights that they take, blocks, unpacking in VMEM."""
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.typing import Array, Int
@@ -97,6 +100,72 @@ def _vmem_bytes(m: int, n: int, k: int, fmt: Format, itemsize: int) -> int:
     """Two blocks of inputs, weights and outputs, sums, and the weights in a wider form twice."""
     weights = k * n * (fmt.bits if fmt.packed else 8) // 8
     return 2 * (m * k * itemsize + weights + 4 * m * n) + 4 * m * n + 2 * k * n * itemsize
+
+
+def by_steps(array: Array, steps: int, length: int, dtype: Any) -> Array:
+    """Values by group, `[groups, length or 1]`, as `[steps, groups of a step, length]`.
+
+    Values for all groups have one step.
+    """
+    groups = array.shape[0]
+    array = jnp.broadcast_to(array.astype(dtype), (groups, length))
+    return array.reshape(steps if groups > 1 else 1, -1, length)
+
+
+def call_by_blocks(
+    kernel: Callable[..., None],
+    operands: Mapping[str, Array],
+    scratch: Mapping[str, Any],
+    *,
+    blocks: Blocks,
+    dtype: Any,
+    interpret: bool,
+    name: str,
+) -> Array:
+    """Runs a matmul's kernel for every block of rows, of columns and of input channels.
+
+    Args:
+      kernel: Takes references of the operands, of the result's block (`y`) and of `scratch`,
+        and their names as `names`. The last axis of its grid are the steps.
+      operands: First the activations `[rows, size]`; then, by name, `q`, the stored weights, and
+        what `by_steps` made: `x_...` for rows, `w_...` for columns.
+      scratch: Memory that stays from step to step.
+      blocks: Rows, columns and input channels of a block.
+      dtype: Of the result.
+      interpret: Whether to run on any device, slowly.
+      name: Of the kernel, in a profile.
+
+    Returns:
+      `[rows, columns]`.
+    """
+    m, n, k = blocks
+    first, *_ = operands
+    (rows, size), columns = operands[first].shape, operands["q"].shape[1]
+    steps = size // k
+
+    def spec(operand: str, array: Array) -> pl.BlockSpec:
+        if operand == first:
+            return pl.BlockSpec((m, k), lambda i, j, s: (i, s))
+        if operand == "q":
+            return pl.BlockSpec((array.shape[0] // steps, n), lambda i, j, s: (s, j))
+        own = array.shape[0] > 1
+        if operand.startswith("x_"):
+            return pl.BlockSpec((None, array.shape[1], m), lambda i, j, s: (s if own else 0, 0, i))
+        return pl.BlockSpec((None, array.shape[1], n), lambda i, j, s: (s if own else 0, 0, j))
+
+    return pl.pallas_call(
+        functools.partial(kernel, names=(*operands, "y", *scratch)),
+        grid=(pl.cdiv(rows, m), pl.cdiv(columns, n), steps),
+        in_specs=[spec(operand, array) for operand, array in operands.items()],
+        out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        interpret=interpret,
+        name=name,
+    )(*operands.values())
 
 
 def unpack_words(stored: Array, fmt: Format) -> Int[Array, "k n"]:

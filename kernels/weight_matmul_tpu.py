@@ -8,14 +8,13 @@ for few rows, where a matmul waits for its weights.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
-from qjax.kernels.tiles_tpu import Blocks, choose_blocks, unpack_words
+from qjax.kernels.tiles_tpu import Blocks, by_steps, call_by_blocks, choose_blocks, unpack_words
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], fmt: Format, group: int | None) -> None:
@@ -60,10 +59,8 @@ def weight_matmul_tpu(
 
     Args:
       x: Activations, bfloat16 or float32.
-      q: Weight codes as `fmt` stores them along the first axis.
-      w_scale: Steps of the weights; an axis of size 1 is shared.
-      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
-      fmt: Storage of `q`; `tiles_tpu.why_not` says which are taken.
+      q, w_scale, w_zero, fmt: As `weight_matmul_xla` has them; `tiles_tpu.why_not` says which
+        weights are taken.
       blocks: Sizes of a step; None for `tiles_tpu.choose_blocks`.
       interpret: Whether to run on any device, slowly.
     """
@@ -72,38 +69,16 @@ def weight_matmul_tpu(
         rows, size, columns, groups=groups, fmt=fmt, itemsize=x.dtype.itemsize
     )
     assert blocks is not None  # what `why_not` is for
-    m, n, k = blocks
-    steps = size // k
-
-    def by_columns(array: Array) -> Array:
-        array = jnp.broadcast_to(array.astype(jnp.float32), (groups, columns))
-        return array.reshape(steps if groups > 1 else 1, -1, columns)
-
-    operands = {"x": x, "q": q, "w_scale": by_columns(w_scale)}
+    steps = size // blocks.k
+    operands = {"x": x, "q": q, "w_scale": by_steps(w_scale, steps, columns, jnp.float32)}
     if w_zero is not None:
-        operands["w_zero"] = by_columns(w_zero)
-    at_step = lambda i, j, s: (s if groups > 1 else 0, 0, j)
-    specs = {
-        "x": pl.BlockSpec((m, k), lambda i, j, s: (i, s)),
-        "q": pl.BlockSpec((q.shape[0] // steps, n), lambda i, j, s: (s, j)),
-        "w_scale": pl.BlockSpec((None, operands["w_scale"].shape[1], n), at_step),
-        "w_zero": pl.BlockSpec((None, operands["w_scale"].shape[1], n), at_step),
-    }
-    return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            names=(*operands, "y", "total"),
-            fmt=fmt,
-            group=size // groups if groups > 1 else None,
-        ),
-        grid=(pl.cdiv(rows, m), pl.cdiv(columns, n), steps),
-        in_specs=[specs[name] for name in operands],
-        out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), x.dtype),
-        scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+        operands["w_zero"] = by_steps(w_zero, steps, columns, jnp.float32)
+    return call_by_blocks(
+        functools.partial(_kernel, fmt=fmt, group=size // groups if groups > 1 else None),
+        operands,
+        {"total": pltpu.VMEM((blocks.m, blocks.n), jnp.float32)},
+        blocks=blocks,
+        dtype=x.dtype,
         interpret=interpret,
         name="weight_matmul",
-    )(*operands.values())
+    )

@@ -191,14 +191,16 @@ def _low_bit_conv(strides, pads, x, w: QTensor, row):
 
     shared = w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1
     shared = shared and p.scale.shape[-1] == 1 and not per_pixel
-    if shared and w.zero_point is None and kh * kw > 1 and current_target().platform == "tpu":
+    if not shared or w.zero_point is not None or kh * kw == 1:
+        return by_patches(codes)
+    if current_target().platform == "tpu":
 
         def by_native(codes):
             image = pad_image(codes, pads, p.zero_point)
             return scaled(native_dots(image, w.codes(), strides, p.zero_point))
 
         return lax.platform_dependent(codes, tpu=by_native, default=by_patches)
-    if not shared or w.zero_point is not None or p.zero_point is not None or kh * kw == 1:
+    if p.zero_point is not None:
         return by_patches(codes)
     if i >= SHIFT_FROM_CHANNELS:
         image = pad_image(codes, pads, None)

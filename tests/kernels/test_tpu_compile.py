@@ -62,10 +62,10 @@ def shape(dtype, *sizes):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def stored(bits: int, k: int, n: int, *, native: bool = False):
+def stored(bits: int, k: int, n: int):
     """Shape and format of a weight's codes."""
-    if bits == 8 or native:
-        return shape(jnp.int8 if bits == 8 else jnp.int4, k, n), Format(bits=bits)
+    if bits == 8:
+        return shape(jnp.int8, k, n), Format(bits=bits)
     block, rows, pad = packed_size(k, bits)
     return shape(jnp.uint8, rows, n), Format(bits=bits, block=block, pad=pad, packed=True)
 
