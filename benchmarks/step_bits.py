@@ -13,7 +13,7 @@ share weights and program.
 | late low | 8 in the first half, 4 in the second |
 | chosen, last | of 4, 6 and 8, by the error that each step alone brings into the last samples |
 | chosen, next | by the noise that it brings into the next sample |
-| chosen of 5, last | as "chosen, last", of 4, 5, 6, 7 and 8 |
+| chosen of 4 widths, last | as "chosen, last", of 4, 5, 6 and 8 |
 
 Latent error is the relative L2 distance of the last latents to those of the float model, from
 noise that nothing was fitted on. Rows in the result file are kept. Writes
@@ -55,7 +55,7 @@ def schedules(steps: int) -> dict[str, dict]:
         "late low": {"bits": (*(8,) * half, 4)},
         "chosen, last": {"mean_bits": 6.0},
         "chosen, next": {"mean_bits": 6.0, "cost": "next"},
-        "chosen of 5, last": {"mean_bits": 6.0, "choices": (4, 5, 6, 7, 8)},
+        "chosen of 4 widths, last": {"mean_bits": 6.0, "choices": (4, 5, 6, 8)},
     }
 
 

@@ -141,7 +141,9 @@ def quant_matmul(
     }
     if chosen == "xla":
         return by_xla(*operands)
-    return _run(chosen, functools.partial(kernels[chosen], fmt=fmt, dtype=dtype), by_xla, operands)
+    return on_its_platform(
+        chosen, functools.partial(kernels[chosen], fmt=fmt, dtype=dtype), by_xla, operands
+    )
 
 
 def weight_matmul(
@@ -168,10 +170,10 @@ def weight_matmul(
     chosen = choose(implementation, dtype=x.dtype, **what)
     if chosen == "xla":
         return by_xla(*operands)
-    return _run(chosen, functools.partial(weight_matmul_tpu, fmt=fmt), by_xla, operands)
+    return on_its_platform(chosen, functools.partial(weight_matmul_tpu, fmt=fmt), by_xla, operands)
 
 
-def _run(
+def on_its_platform(
     chosen: str,
     kernel: Callable[..., Array],
     by_xla: Callable[..., Array],

@@ -7,10 +7,16 @@ and are added up in float32 registers.
 
 int8 operands must both have the input channels as their last axis, so the weights are unpacked
 and transposed by XLA before: for many rows a small part of the time, and no kernel for few.
+
+A convolution is the same matmul (`windows_matmul_hopper`): with the pixels of padded images as rows,
+a tap of its kernel multiplies rows that stand a fixed number further down, so that nothing but the
+first row of a fetched block changes from tap to tap. TMA begins at multiples of eight rows: for
+the columns of the kernel there is a copy of the images each, three instead of nine patches.
 """
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +36,32 @@ LARGEST_GROUP = 384
 # What a block of threads may use of 227 KiB of shared memory, and blocks in flight.
 SHARED_BYTES, STAGES = 216 * 1024, 4
 WARPGROUPS = 2  # that multiply
+ROW_STEP = 8  # TMA begins at multiples of it
+
+
+class Window(NamedTuple):
+    """The taps of a convolution's kernel.
+
+    Attributes:
+      height: Of the kernel.
+      width: Of the kernel; there are as many copies of the images.
+      row: Pixels in a row of a copy, a multiple of `ROW_STEP`.
+    """
+
+    height: int
+    width: int
+    row: int
+
+    @property
+    def taps(self) -> int:
+        return self.height * self.width
+
+    def below(self, tap: Any) -> Any:
+        """Rows between the pixel at the window's corner and that of a tap, in its copy."""
+        return tap // self.width * self.row
+
+
+ONE_PIXEL = Window(1, 1, ROW_STEP)
 
 
 class Tile(NamedTuple):
@@ -62,25 +94,37 @@ def why_not(size: int, columns: int, groups: int, chip: str) -> str | None:
     return None
 
 
-def choose_tile(rows: int, size: int, columns: int, *, groups: int, itemsize: int) -> Tile:
+def choose_tile(rows: int, size: int, columns: int, *, group: int | None, itemsize: int) -> Tile:
     """The largest block that divides columns and groups; rows are padded to whole blocks.
 
     With groups a thread keeps integers and floats of its sums, and has half as many rows.
+
+    Args:
+      rows: Rows of the input.
+      size: Input channels, of a tap if there are several.
+      columns: Output channels.
+      group: Input channels of a group; None where all share their scales.
+      itemsize: Bytes of a value of the result.
     """
-    k = next(width for width in WIDTHS_K if size % width == 0) if groups == 1 else size // groups
+    k = group or next(width for width in WIDTHS_K if size % width == 0)
     n = next(width for width in WIDTHS_N if columns % width == 0)
 
     def stages(m: int) -> int:
         left = SHARED_BYTES - WARPGROUPS * m * n * itemsize
         return min(STAGES, size // k, left // ((WARPGROUPS * m + n) * k))
 
-    large = groups == 1 and rows > WARPGROUPS * 64 and stages(128) > 2
+    large = group is None and rows > WARPGROUPS * 64 and stages(128) > 2
     m = 128 if large else 64
     return Tile(m, n, k, stages(m))
 
 
-def _kernel(*refs: Any, names: tuple[str, ...], tile: Tile, size: int, groups: int) -> None:
-    """A block of rows and columns; the last of the warpgroups fetches for the others."""
+def _kernel(
+    *refs: Any, names: tuple[str, ...], tile: Tile, size: int, groups: int, window: Window
+) -> None:
+    """A block of rows and columns; the last of the warpgroups fetches for the others.
+
+    `size` are the input channels of a tap, `groups` those of all taps.
+    """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -140,24 +184,28 @@ def _kernel(*refs: Any, names: tuple[str, ...], tile: Tile, size: int, groups: i
 
     swizzle = plgpu.find_swizzle(tile.k * 8)
     transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
-    spec = functools.partial(
-        plgpu.BlockSpec,
-        index_map=lambda step: (0, step),
-        transforms=transforms,
-        delay_release=late,
-    )
+    spec = functools.partial(plgpu.BlockSpec, transforms=transforms, delay_release=late)
+    steps = size // tile.k  # of a tap
+
+    def rows_at(step: Any) -> tuple[Any, ...]:
+        tap = step // steps
+        return tap % window.width, i * block_m + window.below(tap), step % steps
+
     step: Any = whole_step if groups == 1 else grouped_step
     pipeline = plgpu.emit_pipeline_warp_specialized(
         step,
-        grid=(size // tile.k,),
+        grid=(window.taps * steps,),
         memory_registers=40,
-        in_specs=[spec((block_m, tile.k)), spec((tile.n, tile.k))],
+        in_specs=[
+            spec((None, pl.Element(block_m), tile.k), index_map=rows_at),
+            spec((tile.n, tile.k), index_map=lambda step: (j, step)),
+        ],
         wg_axis="warpgroup",
         num_compute_wgs=WARPGROUPS,
         max_concurrent_steps=tile.stages,
         compute_context=whole if groups == 1 else grouped,
     )
-    pipeline(at["p"].at[pl.ds(i * block_m, block_m)], at["q"].at[columns])
+    pipeline(at["p"], at["q"])
 
 
 def _load(ref: Any, reduced: int) -> Array:
@@ -199,14 +247,110 @@ def quant_matmul_hopper(
       tile: Sizes of a block; None for `choose_tile`.
       interpret: Parameters of Mosaic GPU's interpreter (jax >= 0.12), to run anywhere, slowly.
     """
+    groups = shared_groups(p, x_scale, w_scale)
+    p, q = _here(p, q)
+    rows = {"x_scale": x_scale, "x_zero": x_zero}
+    if w_zero is not None:
+        rows["x_sum"] = sums_by_group(p, groups, 1)
+    weight = (fmt.decode(q)[: p.shape[1]], w_scale, w_zero)
+    return _multiply(p[None], rows, weight, groups, ONE_PIXEL, dtype, tile, interpret)
+
+
+def windows_matmul_hopper(
+    image: Int[Array, "b h w i"],
+    x_scale: Float[Array, "#b 1 1 gx"],
+    x_zero: Int[Array, "#b 1 1 gx"] | None,
+    q: Array,
+    w_scale: Float[Array, "g o"],
+    w_zero: Int[Array, "g o"] | None,
+    *,
+    taps: tuple[int, int],
+    fmt: Format,
+    dtype: Any = jnp.float32,
+    tile: Tile | None = None,
+    interpret: Any = None,
+) -> Float[Array, "b h2 w2 o"]:
+    """A low-bit convolution of stride 1 as a matmul of windows that are found in place.
+
+    Windows that would leave the image below are computed too and dropped: two rows of every
+    image for a kernel of 3. So are those that fill a row up to a multiple of eight.
+
+    Args:
+      image: Codes of the padded images, int8.
+      x_scale: Steps of the activations: of an image or of all, of groups of channels or of all.
+      x_zero: Zero points, shaped as `x_scale`, or None. The border must be made of them.
+      q: Weight codes of the matrix `[taps * i, o]`, as `fmt` stores them along the first axis.
+      w_scale: Steps of the weights, of one group or of as many in every tap.
+      w_zero: Zero points of the weights, shaped as `w_scale`, or None.
+      taps: Height and width of the kernel.
+      fmt: Storage of `q`.
+      dtype, tile, interpret: As for `quant_matmul_hopper`.
+    """
+    b, h, w, i = image.shape
+    h2, w2 = h - taps[0] + 1, w - taps[1] + 1
+    window = Window(*taps, -(-w2 // ROW_STEP) * ROW_STEP)
+    image, q = _here(image, q)
+    image = jnp.pad(image, ((0, 0), (0, 0), (0, window.row - w2), (0, 0)))
+    copies = [image[:, :, column : column + window.row] for column in range(window.width)]
+    p = jnp.stack(copies).reshape(window.width, -1, i)
+    groups = w_scale.shape[0]
+    if x_scale.shape[-1] > 1:
+        groups = window.taps * x_scale.shape[-1]
+
+    def by_pixel(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        spread = jnp.broadcast_to(array, (b, h, window.row, array.shape[-1]))
+        spread = spread.reshape(-1, array.shape[-1])
+        return jnp.tile(spread, (1, window.taps)) if spread.shape[1] > 1 else spread
+
+    rows: dict[str, Array | None] = {"x_scale": by_pixel(x_scale), "x_zero": by_pixel(x_zero)}
+    if w_zero is not None:
+        of_tap = max(groups // window.taps, 1)
+        sums = [sums_by_group(copy, of_tap, 1) for copy in p]
+        views = [
+            jnp.pad(sums[tap % window.width][window.below(tap) :], ((0, window.below(tap)), (0, 0)))
+            for tap in range(window.taps)
+        ]
+        rows["x_sum"] = (
+            jnp.concatenate(views, axis=1) if groups > 1 else jnp.sum(jnp.stack(views), 0)
+        )
+    weight = (fmt.decode(q)[: window.taps * i], w_scale, w_zero)
+    y = _multiply(p, rows, weight, groups, window, dtype, tile, interpret)
+    return y.reshape(b, h, window.row, -1)[:, :h2, :w2]
+
+
+def _here(p: Array, q: Array) -> tuple[Array, Array]:
+    """The operands, such that a loop of a sampler does not keep what is made of the weights.
+
+    XLA would take the unpacked weights of all layers out of the loop, and hold them.
+    """
+    return lax.optimization_barrier((p, q))
+
+
+def _multiply(
+    p: Int[Array, "copies m k"],
+    rows_of: Mapping[str, Array | None],
+    weight: tuple[Int[Array, "k2 n"], Array, Array | None],
+    groups: int,
+    window: Window,
+    dtype: Any,
+    tile: Tile | None,
+    interpret: Any,
+) -> Float[Array, "m n"]:
+    """Every row's window and the weights' codes, in as many groups.
+
+    `p` has a copy of the rows for each column of the window.
+    """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    (rows, size), columns = p.shape, q.shape[1]
-    groups = shared_groups(p, x_scale, w_scale)
+    (codes, w_scale, w_zero), (_, rows, size) = weight, p.shape
+    columns, length = codes.shape[1], codes.shape[0] // groups
     dtype = jnp.dtype(dtype)
-    tile = tile or choose_tile(rows, size, columns, groups=groups, itemsize=dtype.itemsize)
+    tile = tile or choose_tile(
+        rows, size, columns, group=length if groups > 1 else None, itemsize=dtype.itemsize
+    )
     padded = -(-rows // (WARPGROUPS * tile.m)) * WARPGROUPS * tile.m
-    codes = fmt.decode(q)[:size]
 
     def of_rows(array: Array, dtype: Any) -> Array:
         array = jnp.broadcast_to(array.astype(dtype).T, (array.shape[1], rows))
@@ -215,20 +359,21 @@ def quant_matmul_hopper(
     def of_columns(array: Array, dtype: Any) -> Array:
         return jnp.broadcast_to(array.astype(dtype), (array.shape[0], columns))
 
+    below = padded - rows + window.below(window.taps - 1)
     operands = {
-        "p": jnp.pad(p, ((0, padded - rows), (0, 0))),
+        "p": jnp.pad(p, ((0, 0), (0, below), (0, 0))),
         "q": codes.T,
-        "x_scale": of_rows(x_scale, jnp.float32),
         "w_scale": of_columns(w_scale, jnp.float32),
     }
+    for name, array in rows_of.items():
+        if array is not None:
+            operands[name] = of_rows(array, jnp.float32 if name == "x_scale" else jnp.int32)
     if w_zero is not None:
         operands["w_zero"] = of_columns(w_zero, jnp.int32)
-        operands["x_sum"] = of_rows(sums_by_group(p, groups, 1), jnp.int32)
-    if x_zero is not None:
-        operands["x_zero"] = of_rows(x_zero, jnp.int32)
+    if "x_zero" in operands:
         weight_sums = sums_by_group(codes, groups, 0)
         if w_zero is not None:
-            weight_sums = weight_sums - size // groups * w_zero.astype(jnp.int32)
+            weight_sums = weight_sums - length * w_zero.astype(jnp.int32)
         operands["w_sum"] = of_columns(weight_sums, jnp.int32)
 
     width = plgpu.find_swizzle(tile.n * dtype.itemsize * 8)
@@ -246,7 +391,12 @@ def quant_matmul_hopper(
         shapes["interpret"] = interpret
     run = plgpu.kernel(
         functools.partial(
-            _kernel, names=(*operands, "y", "y_smem"), tile=tile, size=size, groups=groups
+            _kernel,
+            names=(*operands, "y", "y_smem"),
+            tile=tile,
+            size=size,
+            groups=groups,
+            window=window,
         ),
         grid=(padded // (WARPGROUPS * tile.m), columns // tile.n),
         grid_names=("m", "n"),

@@ -15,34 +15,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.core.config import ActSpec
-from qjax.core.qtensor import QTensor, spread
+from qjax.core.qtensor import QTensor
 from qjax.core.quantizers import Codes, quantize_activation
-from qjax.core.typing import Array, Float, Int
+from qjax.core.typing import Array, Float
 from qjax.kernels.packing import Format
+from qjax.kernels.quant_conv import Kernel, quant_conv
 from qjax.kernels.quant_conv_xla import (
     IMAGE,
     Padding,
     explicit_padding,
-    float_dots,
-    float_dots_are_exact,
-    im2col,
-    native_dots,
     pad_image,
-    shifted_dots,
     taps,
     weight_conv_xla,
 )
 from qjax.kernels.quant_matmul import quant_matmul, weight_matmul
 from qjax.kernels.quant_matmul_xla import PIECE_VALUES
-from qjax.kernels.target import current_target
 
 Row = Mapping[str, Array]
-
-# Forms of a low-bit convolution by input channels, on a CPU (benchmarks/conv.py): one matmul
-# per tap is faster than patches from here on, and gathers nothing; below the other number
-# patches are too narrow for int8 matmuls, and float ones of the same integers twice as fast.
-SHIFT_FROM_CHANNELS = 1280
-FLOAT_BELOW_CHANNELS = 32
 
 
 def choose_group_size(group_size: int | tuple[int | None, ...] | None, size: int) -> int | None:
@@ -156,59 +145,8 @@ def _float_conv(x, w, strides, pads):
 def _low_bit_conv(strides, pads, x, w: QTensor, row):
     if w.act is None:
         return _weight_conv(strides, pads, x, w)
-    kh, kw, i, o = w.shape
     p = _activation_codes(x, w.act, row, (-3, -2, -1))
-    # The barrier keeps XLA from rounding a pixel again for every tap that sees it.
-    codes = lax.optimization_barrier(p.codes)
-
-    per_pixel = w.act.granularity == "per_group" and w.act.mode == "dynamic"
-
-    def patches_of(image, border):
-        return im2col(pad_image(image, pads, border), (kh, kw), strides)
-
-    def by_patches(codes):
-        # Zeros around the image: the zero points, or 0 where every pixel has its own.
-        shared_zero = None if per_pixel else _per_channel(p.zero_point, i)
-        patches = patches_of(codes, shared_zero)
-        *image, k = patches.shape
-
-        def per_row(array: Array) -> Array:
-            groups = array.shape[-1]
-            if per_pixel:
-                return patches_of(array, None).reshape(-1, kh * kw * groups)
-            if groups > 1 or array.size == 1:  # one for all rows, the same in every tap
-                return jnp.tile(array.reshape(1, groups), (1, kh * kw if groups > 1 else 1))
-            return jnp.broadcast_to(array, (*image, 1)).reshape(-1, 1)
-
-        x_zero = None if p.zero_point is None else per_row(p.zero_point)
-        x_parts = (patches.reshape(-1, k), per_row(p.scale), x_zero)
-        y = quant_matmul(*x_parts, *_as_matrix(w), fmt=_matrix_format(w), dtype=x.dtype)
-        return y.reshape(*image, o)
-
-    def scaled(dots):
-        y = dots.astype(jnp.float32) * p.scale * w.scale.astype(jnp.float32)
-        return y.astype(x.dtype)
-
-    shared = w.num_groups == 1 and w.scale.shape[0] == w.scale.shape[1] == 1
-    shared = shared and p.scale.shape[-1] == 1 and not per_pixel
-    if not shared or w.zero_point is not None or kh * kw == 1:
-        return by_patches(codes)
-    if current_target().platform == "tpu":
-
-        def by_native(codes):
-            image = pad_image(codes, pads, p.zero_point)
-            return scaled(native_dots(image, w.codes(), strides, p.zero_point))
-
-        return lax.platform_dependent(codes, tpu=by_native, default=by_patches)
-    if p.zero_point is not None:
-        return by_patches(codes)
-    if i >= SHIFT_FROM_CHANNELS:
-        image = pad_image(codes, pads, None)
-        return scaled(shifted_dots(image, w.qvalue, strides, _format(w)))
-    if i < FLOAT_BELOW_CHANNELS and float_dots_are_exact(kh * kw * i, w.bits):
-        by_floats = lambda codes: scaled(float_dots(codes, w.codes(), strides, pads))
-        return lax.platform_dependent(codes, cpu=by_floats, default=by_patches)
-    return by_patches(codes)
+    return quant_conv(*p, _kernel(w), strides=strides, padding=pads, dtype=x.dtype)
 
 
 def _weight_conv(strides: int, pads: Padding, x: Array, w: QTensor) -> Array:
@@ -225,7 +163,9 @@ def _weight_conv(strides: int, pads: Padding, x: Array, w: QTensor) -> Array:
 
     if kh * kw == 1:
         (view,) = taps(pad_image(x, pads, None), (1, 1), strides)
-        y = weight_matmul(view.reshape(-1, i), *_as_matrix(w), fmt=_matrix_format(w))
+        matrix = _kernel(w).matrix(i)
+        parts = (matrix.q, matrix.scale, matrix.zero)
+        y = weight_matmul(view.reshape(-1, i), *parts, fmt=matrix.fmt)
         return y.reshape(*view.shape[:3], o)
     if w.size <= PIECE_VALUES:
         return whole(x, w)
@@ -256,33 +196,10 @@ def _activation_codes(x: Array, act: ActSpec, row: Row, sample_axes: tuple[int, 
     return codes
 
 
-def _per_channel(small: Array | None, channels: int) -> Array | None:
-    """Values of groups of channels, along the last axis, for every channel."""
-    return None if small is None else spread(small, (*small.shape[:-1], channels))
-
-
 def _format(w: QTensor) -> Format:
     packed = w.layout == "packed"
     return Format(bits=w.bits, block=w.block, pad=w.pad, packed=packed)
 
 
-def _as_matrix(w: QTensor) -> tuple[Array, Array, Int[Array, "g n"] | None]:
-    """Codes, scale and zero point of a kernel `[h, w, i, o]` as a matrix `[h*w*i, o]`.
-
-    Padding at the end of every tap would fall between the rows, so it is cut out first.
-    """
-    kh, kw, _, o = w.shape
-    q = w.codes() if w.pad else w.qvalue
-
-    def groups(array: Array) -> Array:
-        if array.shape[:3] == (1, 1, 1):
-            return array.reshape(1, array.shape[-1])
-        spread = jnp.broadcast_to(array, (kh, kw, *array.shape[2:]))
-        return spread.reshape(-1, array.shape[-1])
-
-    zero_point = None if w.zero_point is None else groups(w.zero_point)
-    return q.reshape(-1, o), groups(w.scale), zero_point
-
-
-def _matrix_format(w: QTensor) -> Format:
-    return Format(bits=w.bits) if w.pad else _format(w)
+def _kernel(w: QTensor) -> Kernel:
+    return Kernel(w.qvalue, w.scale, w.zero_point, _format(w))

@@ -12,7 +12,7 @@ from qjax.core import ops
 from qjax.core.config import ActSpec, WeightSpec
 from qjax.core.qtensor import QTensor, from_codes
 from qjax.core.quantizers import quantize_activation, quantize_weight, to_floats
-from qjax.kernels import quant_matmul_xla
+from qjax.kernels import quant_conv, quant_matmul_xla
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -104,12 +104,12 @@ def test_conv_is_that_of_the_quantized_operands(act, row, kernel, strides, paddi
 @pytest.mark.parametrize("channels", (8, 40, 48))
 @pytest.mark.parametrize("bits", (4, 8))
 def test_every_form_of_a_convolution_gives_the_same(monkeypatch, channels, bits):
-    monkeypatch.setattr(ops, "SHIFT_FROM_CHANNELS", 48)
+    monkeypatch.setattr(quant_conv, "SHIFT_FROM_CHANNELS", 48)
     x, w = normal(2, 6, 7, channels), normal(3, 3, channels, 5, seed=1)
     q = quantize(w, bits=bits, act=ActSpec(), layout="native" if bits == 8 else "packed")
     chosen = jax.jit(ops.conv)(x, q)
-    monkeypatch.setattr(ops, "SHIFT_FROM_CHANNELS", 1000)
-    monkeypatch.setattr(ops, "FLOAT_BELOW_CHANNELS", 0)
+    monkeypatch.setattr(quant_conv, "SHIFT_FROM_CHANNELS", 1000)
+    monkeypatch.setattr(quant_conv, "FLOAT_BELOW_CHANNELS", 0)
     jax.clear_caches()
     by_patches = jax.jit(ops.conv)(x, q)
     np.testing.assert_allclose(chosen, by_patches, rtol=1e-6)
@@ -362,7 +362,7 @@ def test_four_layers_need_the_workspace_of_one(size, act, group_size, steps):
 
 
 @pytest.mark.parametrize("act", (None, ActSpec()), ids=("W4A16", "W4A8"))
-@pytest.mark.parametrize("channels", (320, ops.SHIFT_FROM_CHANNELS))
+@pytest.mark.parametrize("channels", (320, quant_conv.SHIFT_FROM_CHANNELS))
 def test_four_convolutions_need_less_than_half_of_one_dequantized(channels, act):
     kernel = jax.eval_shape(
         functools.partial(from_codes, bits=4, act=act),

@@ -1,13 +1,14 @@
 """Low-bit convolutions: the same integers by patches, by shifts and by hand."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.kernels import packing
+from qjax.kernels import packing, quant_conv
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_conv_xla import (
     explicit_padding,
@@ -19,6 +20,8 @@ from qjax.kernels.quant_conv_xla import (
     shifted_dots,
     weight_conv_xla,
 )
+from qjax.kernels.quant_matmul import prefer
+from qjax.kernels.target import target
 
 # Kernel, strides, padding: those of the UNets and autoencoders, and ragged ones.
 GEOMETRIES = [
@@ -152,3 +155,92 @@ def test_named_padding_is_that_of_xla(padding, strides):
     )
     assert convolve(x, q, strides, pads).shape == wanted.shape
     assert explicit_padding(pads, (7, 10), (3, 4), strides) == pads
+
+
+def refused(*args, **kwargs):
+    raise AssertionError("windows in place were not to be taken")
+
+
+# Groups of input channels of the weights and of the activations, zero points, bits.
+WINDOWS = [(1, 1, False, 8), (1, 1, True, 4), (2, 1, True, 8), (2, 2, True, 4), (1, 2, False, 8)]
+
+
+@pytest.mark.parametrize("w_groups, x_groups, zeros, bits", WINDOWS)
+def test_windows_in_place_are_the_convolution(w_groups, x_groups, zeros, bits, monkeypatch):
+    """The kernel for Hopper, interpreted, against patches."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("Mosaic GPU's interpreter needs jax >= 0.12")
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    taps, i, o, padding = (3, 2), 64, 32, ((1, 1), (0, 1))
+    rng = np.random.default_rng(0)
+    p = rng.integers(-128, 128, (2, 5, 6, i)).astype(np.int8)
+    q = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (*taps, i, o)).astype(np.int8)
+    lead = (1, 1) if w_groups == 1 else taps
+    w_scale = rng.uniform(0.1, 1, (*lead, w_groups, o)).astype(np.float32)
+    w_zero = rng.integers(-8, 8, w_scale.shape).astype(np.int8) if zeros else None
+    x_shape = (2 if x_groups == 1 else 1, 1, 1, x_groups)
+    x_scale = rng.uniform(0.1, 1, x_shape).astype(np.float32)
+    x_zero = rng.integers(-99, 99, x_shape).astype(np.int32) if zeros else None
+    block, _, pad = packing.packed_size(i, bits)
+    fmt = Format(bits=bits, block=block, pad=pad, packed=True)
+
+    def run(p, q, implementation):
+        kernel = quant_conv.Kernel(packing.pack(q, bits=bits), w_scale, w_zero, fmt)
+        return quant_conv.quant_conv(
+            p, x_scale, x_zero, kernel, strides=1, padding=padding, implementation=implementation
+        )
+
+    monkeypatch.setattr(quant_conv.hopper, "windows_matmul_hopper", refused)
+    wanted = jax.jit(functools.partial(run, implementation="xla"))(p, q)
+    monkeypatch.undo()
+    windows = quant_conv.hopper.windows_matmul_hopper
+    monkeypatch.setattr(
+        quant_conv.hopper,
+        "windows_matmul_hopper",
+        functools.partial(windows, interpret=plgpu.InterpretGPUParams()),
+    )
+    # On its platform it would run as it is; the interpreter runs it here.
+    monkeypatch.setattr(quant_conv, "on_its_platform", lambda _, kernel, xla, given: kernel(*given))
+    with target("gpu", "NVIDIA H200"):
+        found = jax.jit(functools.partial(run, implementation="hopper"))(p, q)
+    assert found.shape == wanted.shape == (2, 5, 6, o)
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax >= 0.10")
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_convolution_on_hopper_makes_patches_only_with_strides(strides):
+    fmt = Format(bits=8)
+    kernel = quant_conv.Kernel(
+        jnp.ones((3, 3, 64, 64), jnp.int8), jnp.ones((1, 1, 1, 64)), None, fmt
+    )
+    p = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.int8)
+    run = functools.partial(quant_conv.quant_conv, strides=strides, padding=((1, 1), (1, 1)))
+    with target("gpu", "NVIDIA H200"), prefer("hopper"):
+        traced = jax.jit(lambda p: run(p, jnp.ones((1, 1, 1, 1)), None, kernel)).trace(p)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    first = re.search(r": \(tensor<([0-9x]+)xi8>", call).group(1)
+    # Three copies of the images, or one of the patches.
+    rows, channels = (2 * 10 * 8, 64) if strides == 1 else (2 * 4 * 4, 576)
+    copies, found, width = map(int, first.split("x"))
+    assert (copies, width) == (3 if strides == 1 else 1, channels) and rows <= found < rows + 300
+
+
+def test_a_named_implementation_that_cannot_convolve_raises():
+    kernel = quant_conv.Kernel(
+        jnp.ones((3, 3, 64, 64), jnp.int8), jnp.ones((1, 1, 1, 64)), None, Format(bits=8)
+    )
+    p, one = jnp.ones((1, 4, 4, 64), jnp.int8), jnp.ones((1, 1, 1, 1))
+    with pytest.raises(NotImplementedError, match="it needs a Hopper GPU"):
+        quant_conv.quant_conv(
+            p,
+            one,
+            None,
+            kernel,
+            strides=1,
+            padding=((1, 1), (1, 1)),
+            implementation="hopper",
+        )

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core import ops
 from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import plan, quantize
+from qjax.kernels import quant_conv
 from qjax.models.autoencoder_config import AutoencoderKLConfig
 from qjax.models.components import build_component
 from qjax.models.denoisers import abstract_params, build_denoiser
@@ -22,7 +22,7 @@ from qjax.models.unet2d_config import UNet2DConfig
 from qjax.recipes import w8a8
 
 # With fewer input channels a CPU convolves the same integers as floats, which is faster there.
-WIDTHS = (ops.FLOAT_BELOW_CHANNELS, 2 * ops.FLOAT_BELOW_CHANNELS)
+WIDTHS = (quant_conv.FLOAT_BELOW_CHANNELS, 2 * quant_conv.FLOAT_BELOW_CHANNELS)
 INT8 = ("int8", "int8", "int32")
 
 SD1 = UNet2DConditionConfig(
