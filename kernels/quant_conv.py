@@ -28,7 +28,7 @@ from qjax.kernels.quant_conv_xla import (
     pad_image,
     shifted_dots,
 )
-from qjax.kernels.quant_matmul import Implementation, choose, on_its_platform, quant_matmul
+from qjax.kernels.quant_matmul import Implementation, Problem, choose, on_its_platform, quant_matmul
 from qjax.kernels.target import current_target
 
 # Forms by input channels, on a CPU (benchmarks/conv.py): one matmul per tap is faster than
@@ -236,8 +236,8 @@ def _takes_windows(kernel: Kernel, x_scale: Array, channels: int, implementation
     groups = max(groups, x_scale.shape[-1])  # of a tap
     if groups == 1 and kh * kw > 1:
         return False  # a tap's channels are a group: too large for most
-    what: dict[str, Any] = {"size": channels, "columns": kernel.q.shape[3], "groups": groups}
-    return choose(implementation, **what, fmt=kernel.fmt, dtype=jnp.int8) == "hopper"
+    problem = Problem(None, channels, kernel.q.shape[3], groups, kernel.fmt, jnp.int8)
+    return choose(implementation, problem) == "hopper"
 
 
 def _per_channel(small: Array | None, channels: int) -> Array | None:

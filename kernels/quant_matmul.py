@@ -4,19 +4,19 @@
 |---|---|---|
 | xla | everything | everything: it is the definition |
 | tpu | TPUs | weights of whole tiles (`tiles_tpu.why_not`) |
-| hopper | H100, H200 and their like, jax >= 0.10 | codes of whole blocks (`quant_matmul_hopper.why_not`) |
+| hopper | H100, H200 and their like, jax >= 0.10 | codes of whole blocks (`quant_matmul_hopper.why_not`); few rows of floats with packed weights of 4 bits (`weight_matmul_hopper.why_not`) |
 
 A named implementation that cannot run raises `NotImplementedError`. `auto` takes on a TPU the
 kernel where it takes the weight and has something to gain: where the weights are packed or have
 groups; of plain int8 matrices XLA makes an int8 matmul itself, and fuses what follows. On a GPU
-it takes XLA: the kernel for Hopper has run in an interpreter only. `prefer` changes that.
+it takes XLA: the kernels for Hopper have run in an interpreter only. `prefer` changes that.
 """
 
 import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from qjax.kernels.packing import Format
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import quant_matmul_xla, shared_groups, weight_matmul_xla
 from qjax.kernels.target import current_target
+from qjax.kernels.weight_matmul_hopper import weight_matmul_hopper
+from qjax.kernels.weight_matmul_hopper import why_not as why_not_weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
 Implementation = Literal["auto", "xla", "tpu", "hopper"]
@@ -47,18 +49,28 @@ def prefer(implementation: Implementation) -> Iterator[None]:
         _PREFERRED.reset(token)
 
 
-def choose(
-    implementation: str, *, size: int, columns: int, groups: int, fmt: Format, dtype: Any
-) -> str:
-    """The implementation that runs, for the device that is traced for (`kernels.target`).
+class Problem(NamedTuple):
+    """What an implementation must take.
 
-    Args:
-      implementation: One of `Implementation`.
+    Attributes:
+      rows: Of the activations; may be symbolic.
       size: Input channels.
       columns: Output channels.
       groups: Groups of input channels.
       fmt: Storage of the weight.
       dtype: Of the activations; int8 for codes.
+    """
+
+    rows: Any
+    size: int
+    columns: int
+    groups: int
+    fmt: Format
+    dtype: Any
+
+
+def choose(implementation: str, problem: Problem) -> str:
+    """The implementation that runs, for the device that is traced for (`kernels.target`).
 
     Raises:
       NotImplementedError: If the one that is named cannot run.
@@ -71,11 +83,11 @@ def choose(
         )
     if implementation == "auto":
         preferred = _PREFERRED.get()
-        gains = fmt.widens or groups > 1
+        gains = problem.fmt.widens or problem.groups > 1
         wanted = preferred or ("tpu" if gains and current_target().platform == "tpu" else "xla")
-        can = wanted == "xla" or _why_not(wanted, size, columns, groups, fmt, dtype) is None
+        can = wanted == "xla" or _why_not(wanted, problem) is None
         return wanted if can else "xla"
-    reason = _why_not(implementation, size, columns, groups, fmt, dtype)
+    reason = _why_not(implementation, problem)
     if reason is not None:
         raise NotImplementedError(
             f"The implementation {implementation!r} of the low-bit matmul cannot run here: "
@@ -84,10 +96,9 @@ def choose(
     return implementation
 
 
-def _why_not(
-    implementation: str, size: int, columns: int, groups: int, fmt: Format, dtype: Any
-) -> str | None:
+def _why_not(implementation: str, problem: Problem) -> str | None:
     """Why an implementation cannot run, as half a sentence; None if it can."""
+    rows, size, columns, groups, fmt, dtype = problem
     platform, kind = current_target()
     codes = dtype == jnp.int8
     if implementation == "tpu":
@@ -101,8 +112,10 @@ def _why_not(
             return f"it needs a Hopper GPU, and programs are traced for {kind} ({platform})"
         if jax.__version_info__ < (0, 10):
             return f"it needs jax >= 0.10, got {jax.__version__}"
+        if not codes and dtype not in (jnp.bfloat16, jnp.float16):
+            return f"activations must be bfloat16 or float16, got {jnp.dtype(dtype).name}"
         if not codes:
-            return "it multiplies codes, and these activations are floats"
+            return why_not_weight_matmul_hopper(rows, size, columns, groups, fmt, kind)
         return hopper.why_not(size, columns, groups, kind)
     return None
 
@@ -128,13 +141,13 @@ def quant_matmul(
       NotImplementedError: If the implementation asked for cannot run here.
     """
     operands = (p, x_scale, x_zero, q, w_scale, w_zero)
-    size, groups = p.shape[1], shared_groups(p, x_scale, w_scale)
+    groups = shared_groups(p, x_scale, w_scale)
 
     def by_xla(*operands: Any) -> Array:
         return quant_matmul_xla(*operands, fmt=fmt).astype(dtype)
 
-    what: dict[str, Any] = {"size": size, "columns": q.shape[1], "groups": groups, "fmt": fmt}
-    chosen = choose(implementation, dtype=p.dtype, **what)
+    problem = Problem(p.shape[0], p.shape[1], q.shape[1], groups, fmt, p.dtype)
+    chosen = choose(implementation, problem)
     kernels: dict[str, Callable[..., Array]] = {
         "tpu": quant_matmul_tpu,
         "hopper": hopper.quant_matmul_hopper,
@@ -166,11 +179,15 @@ def weight_matmul(
     size, groups = x.shape[1], w_scale.shape[0]
     if size % groups:
         return by_xla(*operands)  # says what is wrong
-    what: dict[str, Any] = {"size": size, "columns": q.shape[1], "groups": groups, "fmt": fmt}
-    chosen = choose(implementation, dtype=x.dtype, **what)
+    problem = Problem(x.shape[0], size, q.shape[1], groups, fmt, x.dtype)
+    chosen = choose(implementation, problem)
     if chosen == "xla":
         return by_xla(*operands)
-    return on_its_platform(chosen, functools.partial(weight_matmul_tpu, fmt=fmt), by_xla, operands)
+    kernels: dict[str, Callable[..., Array]] = {
+        "tpu": weight_matmul_tpu,
+        "hopper": weight_matmul_hopper,
+    }
+    return on_its_platform(chosen, functools.partial(kernels[chosen], fmt=fmt), by_xla, operands)
 
 
 def on_its_platform(

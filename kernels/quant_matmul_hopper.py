@@ -73,6 +73,13 @@ class Tile(NamedTuple):
     stages: int
 
 
+def why_not_chip(chip: str) -> str | None:
+    """Why kernels for Hopper do not run on a chip, as half a sentence; None if they do."""
+    if set(CHIPS) & set(chip.split()):
+        return None
+    return f"it needs a Hopper GPU ({', '.join(CHIPS)}), got {chip}"
+
+
 def why_not(size: int, columns: int, groups: int, chip: str) -> str | None:
     """Why the kernel does not take a weight, as half a sentence; None if it does.
 
@@ -82,8 +89,9 @@ def why_not(size: int, columns: int, groups: int, chip: str) -> str | None:
       groups: Groups of input channels.
       chip: Kind of the device.
     """
-    if not set(CHIPS) & set(chip.split()):
-        return f"it needs a Hopper GPU ({', '.join(CHIPS)}), got {chip}"
+    reason = why_not_chip(chip)
+    if reason is not None:
+        return reason
     group = size // groups
     if groups > 1 and group > LARGEST_GROUP:
         return f"groups must have at most {LARGEST_GROUP} input channels, got {group}"
@@ -138,7 +146,7 @@ def _kernel(
     def vector(name: str, g: Any, axis: int) -> Array:
         """A value for every row (axis 0) or column (1) of the block, spread over it."""
         part = at[name].at[g if at[name].shape[0] > 1 else 0, rows if axis == 0 else columns]
-        return lax.broadcast_in_dim(_load(part, 1 - axis), (tile.m, tile.n), (axis,))
+        return lax.broadcast_in_dim(load_vector(part, 1 - axis), (tile.m, tile.n), (axis,))
 
     def scaled(dot: Array, g: Any) -> Array:
         """The sum over a group, without what the zero points add, in float32."""
@@ -208,11 +216,18 @@ def _kernel(
     pipeline(at["p"], at["q"])
 
 
-def _load(ref: Any, reduced: int) -> Array:
-    """A vector as the lines of sums along axis `reduced` have it."""
+def load_vector(ref: Any, reduced: int) -> Array:
+    """A vector from memory, laid out as sums of registers along axis `reduced`."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    settings: dict[str, Any] = {"layout": plgpu.Layout.WGMMA.reduce(reduced), "optimized": False}
+    return load(ref, plgpu.Layout.WGMMA.reduce(reduced))
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """An array from memory, in registers of a layout."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    settings: dict[str, Any] = {"layout": layout, "optimized": False}
     if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
         return plgpu.load(ref, (), **settings)
     return plgpu.load(ref, **settings)

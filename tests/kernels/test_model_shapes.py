@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from qjax import recipes
-from qjax.core.ops import _matrix_format
+from qjax.core import ops
 from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import quantize
 from qjax.core.serialize import flatten
 from qjax.kernels import quant_matmul_hopper, tiles_tpu
-from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul import quant_matmul
+from qjax.kernels.packing import Format, packed_size
+from qjax.kernels.quant_matmul import quant_matmul, weight_matmul
 from qjax.kernels.target import target
 from qjax.models.published import published_shapes
 
@@ -38,7 +38,10 @@ def test_every_layer_is_taken_as_a_matmul_of_patches(model, recipe):
         groups = taps * q.num_groups if q.num_groups > 1 else 1
         on_gpu = quant_matmul_hopper.why_not(size, outputs, groups, "NVIDIA H200")
         assert on_gpu is None, (path, on_gpu)
-        on_tpu = tiles_tpu.why_not(size, groups, _matrix_format(q))
+        fmt = ops._kernel(q).fmt
+        # Padding between taps is cut out of a matrix of patches.
+        fmt = Format(bits=fmt.bits) if fmt.pad and taps > 1 else fmt
+        on_tpu = tiles_tpu.why_not(size, groups, fmt)
         assert on_tpu is None, (path, on_tpu)
 
 
@@ -63,4 +66,27 @@ def test_the_kernel_for_hopper_lowers_without_a_gpu(m, k, n, groups, zeros, dtyp
     run = functools.partial(quant_matmul, fmt=Format(bits=8), dtype=dtype, implementation="hopper")
     with target("gpu", "NVIDIA H200"):
         lowered = jax.jit(run).trace(*x, *w).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="kernels for GPUs need jax >= 0.10")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "groups", "zeros"),
+    [
+        (16, 1152, 6912, 1, False),
+        (16, 1152, 6912, 9, True),
+        (2, 4608, 1152, 36, True),
+        (64, 1280, 1280, 10, False),
+    ],
+)
+def test_the_kernel_of_few_rows_lowers_without_a_gpu(m, k, n, groups, zeros, dtype):
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    block, length, _ = packed_size(k, 4)
+    fmt = Format(bits=4, block=block, packed=True)
+    zero = shape(jnp.int8, groups, n) if zeros else None
+    operands = shape(dtype, m, k), shape(jnp.uint8, length, n), shape(dtype, groups, n), zero
+    run = functools.partial(weight_matmul, fmt=fmt, implementation="hopper")
+    with target("gpu", "NVIDIA H200"):
+        lowered = jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()

@@ -11,22 +11,23 @@ import pytest
 
 from qjax.kernels import packing, quant_matmul_xla
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul import Problem, choose, prefer, quant_matmul, weight_matmul
 from qjax.kernels.quant_matmul_hopper import quant_matmul_hopper
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import integer_dot, piece_columns
 from qjax.kernels.target import target
 from qjax.kernels.tiles_tpu import Blocks
+from qjax.kernels.weight_matmul_hopper import weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
 ON_GPU = jax.__version_info__ >= (0, 10)  # whether kernels for GPUs can be lowered
 INTERPRETED = jax.__version_info__ >= (0, 12)
 
 
-def hopper(*operands, **settings):
+def interpreted(kernel, *operands, **settings):
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    return quant_matmul_hopper(*operands, interpret=plgpu.InterpretGPUParams(), **settings)
+    return kernel(*operands, interpret=plgpu.InterpretGPUParams(), **settings)
 
 
 # By name: the matmul of codes and that of floats. Kernels are interpreted.
@@ -39,8 +40,13 @@ IMPLEMENTATIONS = {
         functools.partial(quant_matmul_tpu, interpret=True),
         functools.partial(weight_matmul_tpu, interpret=True),
     ),
-    "hopper": (hopper, None),
+    "hopper": (
+        functools.partial(interpreted, quant_matmul_hopper),
+        functools.partial(interpreted, weight_matmul_hopper),
+    ),
 }
+# Of the activations of the matmul of floats.
+FLOATS = {"xla": jnp.float32, "tpu": jnp.float32, "hopper": jnp.bfloat16}
 TARGETS = {"tpu": ("tpu", "TPU v5 lite"), "hopper": ("gpu", "NVIDIA H200")}
 
 # The integers are exact. What remains is the epilogue: an int32 read as float32, two
@@ -124,6 +130,11 @@ CASES = [
     Case(bits=4, m=70, k=384, n=64, x_groups=3, w_groups=3, x_zero=True, w_zero=True),
     Case(bits=4, m=5, k=384, n=64, w_groups=2, w_zero=True),
     Case(bits=8, m=70, k=576, n=64, x_groups=2, w_groups=2, x_zero=True, packed=False),
+    # Few rows: groups of a half, of a whole and of several packing blocks; several parts.
+    Case(bits=4, m=3, k=512, n=128),
+    Case(bits=4, m=64, k=384, n=128, w_groups=6, w_zero=True),
+    Case(bits=4, m=9, k=512, n=256, w_groups=2, w_zero=True),
+    Case(bits=4, m=17, k=1024, n=128, w_groups=2),
 ]
 
 
@@ -132,14 +143,13 @@ def of_implementation(name: str, case: Case):
     if name == "hopper" and not INTERPRETED:
         pytest.skip("Mosaic GPU's interpreter needs jax >= 0.12")
     fmt, groups = stored_format(case), max(case.x_groups, case.w_groups)
-    what = {"size": case.k, "columns": case.n, "groups": groups, "fmt": fmt}
     found = []
-    for one, dtype in zip(IMPLEMENTATIONS[name], (jnp.int8, jnp.float32), strict=True):
+    for one, dtype in zip(IMPLEMENTATIONS[name], (jnp.int8, FLOATS[name]), strict=True):
         with target(*TARGETS.get(name, ("cpu", "cpu"))):
             try:
-                choose(name, dtype=dtype, **what)
+                choose(name, Problem(case.m, case.k, case.n, groups, fmt, dtype))
             except NotImplementedError as error:
-                assert "channels" in str(error) or "bytes" in str(error) or one is None
+                assert any(word in str(error) for word in ("channels", "bytes", "rows"))
                 found.append(None)
                 continue
         given = {"blocks": case.blocks} if name == "tpu" and case.blocks else {}
@@ -236,15 +246,17 @@ def test_the_matmul_of_floats_dequantizes(case, implementation, small_pieces):
     if matmul is None:
         return
     _, _, _, q, w_scale, w_zero = draw(case)
-    x = np.random.default_rng(1).standard_normal((case.m, case.k)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((case.m, case.k)).astype(FLOATS[implementation])
     packed, fmt = stored(q, case)
     run = jax.jit(functools.partial(matmul, fmt=fmt))
-    y = run(x, packed, w_scale, w_zero)
+    y = np.asarray(run(x, packed, w_scale, w_zero), np.float64)
+    x = np.asarray(x, np.float64)
     weights = q.astype(np.float64) - (0 if w_zero is None else wide(w_zero, 0, case.k))
     weights = weights * wide(w_scale, 0, case.k)
     magnitude = np.abs(x) @ np.abs(weights)
-    # Sums of K float32 products in any order, and the rounding of the weights themselves.
-    assert (np.abs(y - x @ weights) <= (case.k + 4) * 2**-24 * magnitude).all()
+    # Sums of K float32 products in any order, and the rounding of weights and result.
+    rounded = 2 * 2**-8 if FLOATS[implementation] == jnp.bfloat16 else 4 * 2**-24
+    assert (np.abs(y - x @ weights) <= (case.k * 2**-24 + rounded) * magnitude).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -343,18 +355,22 @@ def test_an_implementation_that_cannot_run_says_so(name, message):
 
 
 def test_on_a_tpu_the_kernel_is_for_packed_and_grouped_weights_and_on_a_gpu_if_preferred():
-    packed = Format(bits=4, block=256, packed=True)
+    def chosen(groups=1, packed=True, rows=4096, dtype=jnp.int8):
+        fmt = Format(bits=4, block=256, packed=True) if packed else Format(bits=8)
+        return choose("auto", Problem(rows, 1024, 256, groups, fmt, dtype))
+
     with target("tpu", "TPU v5 lite"):
-        chosen = functools.partial(choose, "auto", columns=96, dtype=jnp.int8)
-        assert chosen(size=1024, groups=1, fmt=packed) == "tpu"
-        assert chosen(size=1024, groups=8, fmt=Format(bits=8)) == "tpu"
-        assert chosen(size=1024, groups=1, fmt=Format(bits=8)) == "xla"
-        assert chosen(size=1024, groups=64, fmt=packed) == "xla"  # groups of 16
-    what = {"size": 1024, "columns": 96, "groups": 1, "fmt": packed, "dtype": jnp.int8}
-    assert choose("auto", **what) == "xla"
+        assert chosen() == "tpu"
+        assert chosen(groups=8, packed=False) == "tpu"
+        assert chosen(packed=False) == "xla"
+        assert chosen(groups=64) == "xla"  # groups of 16
+    assert chosen() == "xla"
     with target("gpu", "NVIDIA H200"):
-        assert choose("auto", **what) == "xla"
+        assert chosen() == "xla"
         with prefer("hopper"):
-            assert choose("auto", **what) == ("hopper" if ON_GPU else "xla")
+            assert chosen() == ("hopper" if ON_GPU else "xla")
+            floats = functools.partial(chosen, dtype=jnp.bfloat16)
+            assert floats(rows=16) == ("hopper" if ON_GPU else "xla")
+            assert floats(rows=65) == floats(rows=16, packed=False) == "xla"
     with target("gpu", "Tesla T4"), prefer("hopper"):
-        assert choose("auto", **what) == "xla"
+        assert chosen() == "xla"

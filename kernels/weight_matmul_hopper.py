@@ -1,0 +1,219 @@
+"""The matmul of few float rows and 4-bit weights on Hopper GPUs: a Pallas kernel for Mosaic GPU.
+
+The formula is that of `weight_matmul_xla`. Such a matmul waits for its weights, so these are
+fetched as they are stored, two to a byte, and nothing is made of them in memory: a warpgroup
+fetches blocks of bytes by TMA, two others unpack them in registers, scale them, put them as
+bfloat16 into shared memory, and multiply (`wgmma`, float32 sums). Few columns do not keep a whole
+GPU busy: the input channels are cut into parts that run at once, and XLA adds up their sums.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.core.typing import Array, Float, Int
+from qjax.kernels.packing import Format
+from qjax.kernels.quant_matmul_hopper import WARPGROUPS, load, load_vector, why_not_chip
+
+# Rows of one `wgmma`, columns of a warpgroup, and blocks in flight.
+ROWS, COLUMNS, STAGES = 64, 64, 4
+# Blocks of threads that keep the 132 multiprocessors of an H100 busy.
+BUSY = 132
+
+
+def why_not(rows: Any, size: int, columns: int, groups: int, fmt: Format, chip: str) -> str | None:
+    """Why the kernel does not take a matmul, as half a sentence; None if it does.
+
+    Args:
+      rows: Rows of the activations.
+      size: Input channels.
+      columns: Output channels.
+      groups: Groups of input channels.
+      fmt: Storage of the weight.
+      chip: Kind of the device.
+    """
+    reason = why_not_chip(chip)
+    if reason is not None:
+        return reason
+    if not isinstance(rows, int) or rows > ROWS:
+        return f"it is for at most {ROWS} rows, got {rows}"
+    if not fmt.packed or fmt.bits != 4 or fmt.pad or fmt.block % (2 * ROWS):
+        return f"it unpacks 4 bits in blocks of a multiple of {2 * ROWS} input channels, got {fmt}"
+    if groups > 1 and (size // groups) % (fmt.block // 2):
+        return (
+            f"groups must have a multiple of {fmt.block // 2} input channels, which share a half "
+            f"of their bytes, got {size // groups}"
+        )
+    if columns % (WARPGROUPS * COLUMNS):
+        return f"output channels must be a multiple of {WARPGROUPS * COLUMNS}, got {columns}"
+    return None
+
+
+class Cut(NamedTuple):
+    """Input channels in as many parts at once, and blocks of a part that are in flight."""
+
+    parts: int
+    stages: int
+
+
+def choose_cut(size: int, columns: int, fmt: Format) -> Cut:
+    """The fewest parts that keep a GPU busy, of whole packing blocks."""
+    blocks, wide = size // fmt.block, columns // (WARPGROUPS * COLUMNS)
+    divisors = [n for n in range(1, blocks + 1) if blocks % n == 0]
+    parts = next((n for n in divisors if n * wide >= BUSY), divisors[-1])
+    return Cut(parts, min(STAGES, blocks // parts))
+
+
+def _kernel(*refs: Any, names: tuple[str, ...], fmt: Format, group: int | None, cut: Cut) -> None:
+    """A block of columns and a part of the input channels; the last warpgroup fetches."""
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    at = dict(zip(names, refs, strict=True))
+    part, j, warpgroup = (lax.axis_index(axis) for axis in ("part", "n", "warpgroup"))
+    half, width = fmt.block // 2, WARPGROUPS * COLUMNS
+    steps = at["x"].shape[1] // fmt.block // cut.parts
+    mine = pl.ds(warpgroup * COLUMNS, COLUMNS)
+    columns = pl.ds(j * width + warpgroup * COLUMNS, COLUMNS)
+    dtype = at["x"].dtype
+
+    def vector(name: str, first: Any) -> Array:
+        """A value for every column of the half of a block that begins at a channel."""
+        g = 0 if group is None else first // group
+        found = load_vector(at[name].at[g, columns], 0)
+        return lax.broadcast_in_dim(found, (half, COLUMNS), (1,))
+
+    def weights(values: Array, first: Any) -> Array:
+        if "w_zero" in at:
+            values = values - vector("w_zero", first)
+        if group is not None:
+            values = values * vector("w_scale", first)
+        return values.astype(dtype)
+
+    def step(index: Any, q: Any, low: Any, high: Any, sums: Any) -> Any:
+        stored = load(q.at[:, mine], plgpu.Layout.WGMMA)
+        first = (part * steps + index[0]) * fmt.block
+        # Bytes have bitwise operations alone. With its sign bit turned round a byte is 16 times
+        # its upper code, when the lower is masked off.
+        low_codes = (stored & 15).astype(jnp.float32) - 8
+        high_codes = ((stored ^ -128) & -16).astype(jnp.float32) * (1 / 16)
+        for i, codes in enumerate((low_codes, high_codes)):
+            at["w"].at[warpgroup, i][...] = weights(codes, first + i * half)
+        plgpu.commit_smem()
+        for i, x in enumerate((low, high)):
+            plgpu.wgmma(sums, x, at["w"].at[warpgroup, i])
+        plgpu.wgmma_wait(0)
+        return sums
+
+    def compute(pipeline: Any) -> None:
+        def scope(sums: Any) -> None:
+            pipeline(sums)
+            y = sums[...]
+            if group is None:
+                scale = load_vector(at["w_scale"].at[0, columns], 0)
+                y = y * lax.broadcast_in_dim(scale, (ROWS, COLUMNS), (1,))
+            out = at["y_smem"].at[warpgroup]
+            out[...] = y
+            plgpu.commit_smem()
+            rows = at["y"].shape[1]
+            plgpu.copy_smem_to_gmem(out.at[pl.ds(0, rows)], at["y"].at[part, :, columns])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(scope, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+
+    def transforms(bytes_: int, itemsize: int) -> tuple[Any, ...]:
+        swizzle = plgpu.find_swizzle(bytes_ * 8)
+        return (
+            plgpu.TilingTransform((8, swizzle // itemsize)),
+            plgpu.SwizzleTransform(swizzle),
+        )
+
+    of_x = functools.partial(plgpu.BlockSpec, (ROWS, half), transforms=transforms(2 * half, 2))
+    at_block = lambda s: part * steps + s
+    pipeline = plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(steps,),
+        memory_registers=40,
+        in_specs=[
+            plgpu.BlockSpec(
+                (half, width), lambda s: (at_block(s), j), transforms=transforms(COLUMNS, 1)
+            ),
+            of_x(index_map=lambda s: (0, 2 * at_block(s))),
+            of_x(index_map=lambda s: (0, 2 * at_block(s) + 1)),
+        ],
+        wg_axis="warpgroup",
+        num_compute_wgs=WARPGROUPS,
+        max_concurrent_steps=cut.stages,
+        compute_context=compute,
+    )
+    pipeline(at["q"], at["x"], at["x"])
+
+
+def weight_matmul_hopper(
+    x: Float[Array, "m k"],
+    q: Array,
+    w_scale: Float[Array, "g n"],
+    w_zero: Int[Array, "g n"] | None,
+    *,
+    fmt: Format,
+    cut: Cut | None = None,
+    interpret: Any = None,
+) -> Float[Array, "m n"]:
+    """`x @ ((q - w_zero) * w_scale)` in the dtype of `x`, summed in float32.
+
+    Args:
+      x: Activations, bfloat16 or float16.
+      q, w_scale, w_zero, fmt: As `weight_matmul_xla` has them; `why_not` says which are taken.
+      cut: Of the input channels; None for `choose_cut`.
+      interpret: Parameters of Mosaic GPU's interpreter (jax >= 0.12), to run anywhere, slowly.
+    """
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    (rows, size), groups, columns = x.shape, w_scale.shape[0], q.shape[1]
+    cut = cut or choose_cut(size, columns, fmt)
+    written = -(-rows // 8) * 8
+    spread = lambda array: jnp.broadcast_to(array.astype(jnp.float32), (groups, columns))
+    operands = {
+        "x": jnp.pad(x, ((0, ROWS - rows), (0, 0))),
+        "q": lax.bitcast_convert_type(q, jnp.int8),
+        "w_scale": spread(w_scale),
+    }
+    if w_zero is not None:
+        operands["w_zero"] = spread(w_zero)
+    swizzle = plgpu.find_swizzle(COLUMNS * 16)
+    weights = plgpu.SMEM(
+        (WARPGROUPS, 2, fmt.block // 2, COLUMNS),
+        x.dtype,
+        transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)),
+    )
+    held = plgpu.SMEM(
+        (WARPGROUPS, ROWS, COLUMNS),
+        jnp.float32,
+        transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+    )
+    result = jax.ShapeDtypeStruct((cut.parts, written, columns), jnp.float32)
+    new = "out_type" in inspect.signature(plgpu.kernel).parameters
+    shapes: dict[str, Any] = {"out_type" if new else "out_shape": result}
+    shapes["scratch_types" if new else "scratch_shapes"] = [weights, held]
+    if interpret is not None:
+        shapes["interpret"] = interpret
+    run = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            names=(*operands, "y", "w", "y_smem"),
+            fmt=fmt,
+            group=size // groups if groups > 1 else None,
+            cut=cut,
+        ),
+        grid=(cut.parts, columns // (WARPGROUPS * COLUMNS)),
+        grid_names=("part", "n"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=False),
+        **shapes,
+    )
+    return jnp.sum(run(*operands.values()), axis=0)[:rows].astype(x.dtype)
