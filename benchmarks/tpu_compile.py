@@ -1,10 +1,10 @@
-"""Compile a sampling step of full-size DiT-XL/2 for a TPU, on a machine that has none.
+"""Compile a sampling step of full-size models for a TPU, on a machine that has none.
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu_compile.py
 
 Needs `pip install "jax[tpu]"` for libtpu, whose compiler runs on a CPU host. Nothing is
 executed and no weights exist: params are shapes, quantized as `quantize` quantizes shapes.
-A step is the guided prediction of a batch of images, twice as many through the network, and
+Settings are bfloat16 and the recipes' with other floats in bfloat16. A step is the guided prediction of a batch of images, twice as many through the network, and
 the update of DDIM. HBM is what the compiler says the program holds: arguments, results (less
 those that share memory with arguments) and temporaries. Results go to
 `benchmarks/results/tpu_compile.json`.
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import re
 import time
 from pathlib import Path
@@ -28,56 +29,70 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax import recipes
 from qjax.core.quantize import quantize, tree_bytes
-from qjax.models.denoisers import abstract_params, build_denoiser
-from qjax.models.dit import DiT, DiTConfig
+from qjax.kernels.target import target
+from qjax.models.denoisers import build_denoiser
+from qjax.models.dit import DiTConfig
+from qjax.models.published import PUBLISHED, published_shapes
 from qjax.models.samplers import DDIM
 from qjax.models.sampling import guided_prediction
 from qjax.models.schedules import Schedule
+from qjax.models.unet2d_condition_inputs import abstract_inputs
 
 GUIDANCE_SCALE = 4.0
 SAMPLER = DDIM(schedule=Schedule.linear(1000, 1e-4, 0.02), clip_sample=False)
 
 
-def variants(config: DiTConfig) -> dict[str, Any]:
-    """Shapes of the params by setting: bfloat16, and the recipes with floats in bfloat16."""
-    floats = abstract_params(build_denoiser("DiTTransformer2DModel", config.to_diffusers()))
-    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), floats)
+def variant(model: str, setting: str) -> Any:
+    """Shapes of the params: in bfloat16, or by a recipe with floats in bfloat16."""
+    half = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), published_shapes(model)
+    )
+    if setting == "bf16":
+        return half
     # float16, which the recipes store floats in, is no native type of a TPU.
-    rules = lambda name: dataclasses.replace(recipes.by_name(name).quant, float_dtype="bfloat16")
-    return {"bf16": half} | {name: quantize(half, rules(name)) for name in ("w8a8", "w4a8")}
+    quant = recipes.by_name(setting).quant
+    return quantize(half, dataclasses.replace(quant, float_dtype="bfloat16"))
 
 
-def compile_step(params: Any, config: DiTConfig, batch: int, device: Any) -> dict[str, Any]:
+def inputs(model: str, batch: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Latents, labels or text, and settings of the guidance."""
+    config = PUBLISHED[model]()
+    if isinstance(config, DiTConfig):
+        side = config.sample_size
+        x_t = jax.ShapeDtypeStruct((batch, side, side, config.in_channels), jnp.float32)
+        return x_t, jax.ShapeDtypeStruct((batch,), jnp.int32), {"guidance_channels": 3}
+    x_t, _, conditioning = abstract_inputs(config, batch=batch, size=(config.sample_size,) * 2)
+    return x_t, conditioning, {}
+
+
+def compile_step(model: str, params: Any, batch: int, device: Any) -> dict[str, Any]:
     """Seconds to lower and compile one step for `device`, and the memory it takes there."""
     replicated = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
 
     def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-    apply = DiT(config, dtype=jnp.bfloat16).apply
+    config = PUBLISHED[model]().to_diffusers()
+    network = build_denoiser(config["_class_name"], config).model.clone(dtype=jnp.bfloat16)
+    x_t, labels, settings = inputs(model, batch)
     predict = functools.partial(
-        guided_prediction,
-        apply,
-        guidance_scale=GUIDANCE_SCALE,
-        guidance_channels=3,
+        guided_prediction, network.apply, guidance_scale=GUIDANCE_SCALE, **settings
     )
 
-    def step(params, row, x_t, labels):
-        null_labels = jnp.full_like(labels, config.num_classes)
+    def step(params, row, x_t, labels, null_labels):
         prediction = predict({"params": params}, x_t, row["t"], labels, null_labels)
         x_prev, _ = SAMPLER.step(row, (), x_t, prediction, jnp.zeros_like(x_t))
         return x_prev
 
     row = {name: jnp.asarray(value[0]) for name, value in SAMPLER.rows(20).items()}
-    x_t = jnp.zeros((batch, config.sample_size, config.sample_size, config.in_channels))
-    labels = jnp.zeros((batch,), jnp.int32)
-    args = jax.tree.map(on_device, (params, row, x_t, labels))
+    args = jax.tree.map(on_device, (params, row, x_t, labels, labels))
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=2).lower(*args)
+    with target("tpu", device.device_kind):
+        lowered = jax.jit(step, donate_argnums=2).lower(*args)
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -87,7 +102,8 @@ def compile_step(params: Any, config: DiTConfig, batch: int, device: Any) -> dic
         "temp_bytes": memory.temp_size_in_bytes,
         "hbm_bytes": held,
         "program_bytes": memory.generated_code_size_in_bytes,
-        "int8_matmuls": int8_matmuls(compiled.as_text()),
+        "int8_matmuls": int8_matmuls(text),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
     }
 
 
@@ -107,22 +123,22 @@ def main() -> None:
         default=[1, 8],
         help="images; guidance computes twice as many",
     )
-    parser.add_argument("--only", nargs="*", help="settings, by name; all of them by default")
+    parser.add_argument("--models", nargs="+", default=["dit-xl-2-256", "sd-v1-4"])
+    parser.add_argument("--settings", nargs="+", default=["bf16", "w8a8", "w4a8"])
     parser.add_argument("--out", type=Path, help="where to write, instead of results/")
     args = parser.parse_args()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
-    config = DiTConfig.dit_xl_2()
+    device = topology.devices[0]
     rows: list[dict[str, Any]] = []
-    for batch in args.batch:
-        of_bf16 = None
-        for name, params in variants(config).items():
-            if args.only and name not in args.only:
-                continue
-            found = compile_step(params, config, batch, topology.devices[0])
-            of_bf16 = found["hbm_bytes"] if name == "bf16" else of_bf16
-            row = {"setting": name, "target": topology.devices[0].device_kind, "batch": batch}
-            row["libtpu"] = importlib.metadata.version("libtpu")
-            row |= {"params_bytes": tree_bytes(params), **found}
+    for model, batch in itertools.product(args.models, args.batch):
+        of_bf16, bf16_bytes = None, tree_bytes(variant(model, "bf16"))
+        for setting in args.settings:
+            params = variant(model, setting)
+            found = compile_step(model, params, batch, device)
+            of_bf16 = found["hbm_bytes"] if setting == "bf16" else of_bf16
+            row = {"model": model, "setting": setting, "target": device.device_kind}
+            row |= {"batch": batch, "libtpu": importlib.metadata.version("libtpu")}
+            row |= {"params_bytes": tree_bytes(params), "bf16_bytes": bf16_bytes, **found}
             row["hbm_over_bf16"] = of_bf16 and found["hbm_bytes"] / of_bf16
             rows.append(row)
             print(_timing.table([row]), flush=True)

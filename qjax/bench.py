@@ -22,6 +22,7 @@ from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.core.serialize import flatten
 from qjax.core.typing import Array, Params
 from qjax.models.pipeline import Pipeline
+from qjax.roofline import Peak, peak, shares
 from qjax.timing import interleaved
 
 
@@ -66,6 +67,9 @@ class LayerTime:
       ran: What the low-bit layer computed with, in words; `"float"` where it was left.
       seconds_float: Of the float layer.
       seconds_low_bit: Of the low-bit layer; None where it was left in float.
+      operations: Multiplications and additions of a call.
+      bytes_float: Of input, output and weights of the float layer.
+      bytes_low_bit: The same of the low-bit layer, its weights as they are stored.
     """
 
     paths: tuple[str, ...]
@@ -75,6 +79,23 @@ class LayerTime:
     ran: str
     seconds_float: float
     seconds_low_bit: float | None
+    operations: int
+    bytes_float: int
+    bytes_low_bit: int
+
+    def shares(self, peak: Peak) -> tuple[float, float]:
+        """Of the device's rate and bandwidth, what the layer reached as it is."""
+        if self.seconds_low_bit is None:
+            moved, seconds = self.bytes_float, self.seconds_float
+        else:
+            moved, seconds = self.bytes_low_bit, self.seconds_low_bit
+        return shares(
+            peak,
+            operations=self.operations,
+            moved=moved,
+            seconds=seconds,
+            int8="int8" in self.ran or "pallas" in self.ran,
+        )
 
     @property
     def ratio(self) -> float | None:
@@ -92,6 +113,7 @@ class Benchmark:
       step_low_bit: The same of the quantized one.
       batch: Pictures in a call.
       rounds: Samples behind each median.
+      peak: What the device can do at most; None for one that is not known.
     """
 
     layers: tuple[LayerTime, ...]
@@ -99,6 +121,7 @@ class Benchmark:
     step_low_bit: float
     batch: int
     rounds: int
+    peak: Peak | None
 
 
 def bench(
@@ -149,6 +172,7 @@ def bench(
         step_low_bit=step["low-bit"],
         batch=batch,
         rounds=rounds,
+        peak=peak(),
     )
 
 
@@ -215,6 +239,9 @@ def _time_layer(same: list[LayerCall], kernel: Any, low_bit: Any, rounds: int) -
     if is_qtensor(low_bit):
         calls["low-bit"] = functools.partial(run, x, low_bit)
     seconds = interleaved(calls, rounds=rounds)
+    y = jax.eval_shape(run, x, kernel)
+    *taps, inputs, _ = call.shape
+    around = _nbytes(x) + _nbytes(y)
     return LayerTime(
         paths=tuple(one.path for one in same),
         kind=call.kind,
@@ -223,7 +250,14 @@ def _time_layer(same: list[LayerCall], kernel: Any, low_bit: Any, rounds: int) -
         ran=what_runs(call, low_bit, x),
         seconds_float=seconds["float"],
         seconds_low_bit=seconds.get("low-bit"),
+        operations=2 * y.size * math.prod(taps) * inputs,
+        bytes_float=around + _nbytes(kernel),
+        bytes_low_bit=around + (low_bit.nbytes_packed if is_qtensor(low_bit) else _nbytes(kernel)),
     )
+
+
+def _nbytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
 
 
 def _time_step(pipe: Pipeline, quantized: Pipeline, batch: int, rounds: int) -> dict[str, float]:

@@ -14,10 +14,12 @@ from qjax.cli_options import Command, Option, whole
 from qjax.cli_output import Output, grid
 from qjax.report_layers import how_quantized
 from qjax.report_words import SAME_SPEED, number_text, seconds_text
+from qjax.roofline import Peak
 
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 DEFAULT_RECIPE = "w8a8"
 SLOWER = "slower"
+ROOFLINE = ("rate", "bandwidth")
 
 
 def doctor(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
@@ -62,24 +64,27 @@ def run_bench(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         found = bench(
             pipe, quantized, batch=settings.batch, rounds=settings.rounds, on_progress=tell
         )
-    rows = [_row(layer) for layer in found.layers]
+    rows = [_row(layer, found.peak) for layer in found.layers]
     rows.append(
         (
             f"the whole network, {found.batch} pictures",
             "",
             "",
             *_times(found.step_float, found.step_low_bit),
+            "",
+            "",
         )
     )
-    heads = ("layer", "kernel", "what ran", "float", "low-bit", "ratio", "")
+    heads = ("layer", "kernel", "what ran", "float", "low-bit", "ratio", "", *ROOFLINE)
     output.say(f"{settings.model}, {name}: {how_quantized(quantized.params)}")
-    output.say(grid(heads, rows, right="float low-bit ratio"), _verdict(found))
+    output.say(grid(heads, rows, right="float low-bit ratio rate bandwidth"), _verdict(found))
     return {
         "model": settings.model,
         "recipe": name,
         "batch": found.batch,
         "rounds": found.rounds,
-        "layers": [dataclasses.asdict(layer) | {"ratio": layer.ratio} for layer in found.layers],
+        "peak": found.peak._asdict() if found.peak else None,
+        "layers": [_measured(layer, found.peak) for layer in found.layers],
         "step": {
             "seconds_float": found.step_float,
             "seconds_low_bit": found.step_low_bit,
@@ -89,12 +94,23 @@ def run_bench(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     }
 
 
-def _row(layer: LayerTime) -> tuple[Any, ...]:
+def _measured(layer: LayerTime, peak: Peak | None) -> dict[str, Any]:
+    rate, bandwidth = (None, None) if peak is None else layer.shares(peak)
+    return dataclasses.asdict(layer) | {
+        "ratio": layer.ratio,
+        "of_peak": rate,
+        "of_bandwidth": bandwidth,
+    }
+
+
+def _row(layer: LayerTime, peak: Peak | None) -> tuple[Any, ...]:
     name = layer.paths[0].removesuffix("/kernel")
     if len(layer.paths) > 1:
         name += f" and {len(layer.paths) - 1} alike"
     shape = "x".join(map(str, layer.shape))
-    return name, shape, layer.ran, *_times(layer.seconds_float, layer.seconds_low_bit)
+    times = _times(layer.seconds_float, layer.seconds_low_bit)
+    reached = ("", "") if peak is None else (f"{share:.0%}" for share in layer.shares(peak))
+    return name, shape, layer.ran, *times, *reached
 
 
 def _times(seconds_float: float, seconds_low_bit: float | None) -> tuple[Any, ...]:
@@ -123,7 +139,15 @@ def _verdict(found: Benchmark) -> str:
     low_bit = sum(len(layer.paths) for layer in found.layers if layer.ratio is not None)
     slower = sum(len(layer.paths) for layer in _slower(found))
     words += f" {slower} of {low_bit} low-bit layers are slower than in float."
-    return f"{words} Medians of {found.rounds} rounds, both in turn."
+    words += f" Medians of {found.rounds} rounds, both in turn."
+    if found.peak is None:
+        return words
+    at_most = found.peak
+    return (
+        f"{words} Rate and bandwidth are shares of what the device can do ({at_most.source}): "
+        f"{at_most.float_operations / 1e12:.3g} TFLOP/s, {at_most.int8_operations / 1e12:.3g} TOP/s "
+        f"of int8, {at_most.bytes / 1e9:.3g} GB/s."
+    )
 
 
 COMMANDS = (

@@ -30,6 +30,7 @@ from qjax.models.convert import to_checkpoint
 from qjax.models.dit import DiT, DiTConfig
 from qjax.models.dit_keys import original_keys
 from qjax.models.lora_pipeline import lora_tables
+from qjax.roofline import Peak
 
 MODEL = "fashion-dit"
 
@@ -471,6 +472,8 @@ def test_bench_times_every_layer_and_calls_slower_what_is_slower(run, saved):
     slower = {path for layer in low_bit if layer["ratio"] > 1.02 for path in layer["paths"]}
     assert set(data["slower"]) == slower
     assert data["step"]["ratio"] > 0
+    assert data["peak"]["source"] == "measured"
+    assert all(layer["of_peak"] > 0 and layer["of_bandwidth"] > 0 for layer in data["layers"])
 
 
 def test_bench_says_slower_in_words():
@@ -482,14 +485,24 @@ def test_bench_says_slower_in_words():
         ran="xla, int8 matmul",
         seconds_float=1e-3,
         seconds_low_bit=2e-3,
+        operations=10**6,
+        bytes_float=10**6,
+        bytes_low_bit=10**5,
     )
-    row = [str(cell) for cell in cli_machine._row(layer)]
-    assert row == ["a and 1 alike", "8x4", *row[2:5], "2.0x", "slower"]
+    peak = Peak(float_operations=1e10, int8_operations=2e9, bytes=1e9, source="published")
+    row = [str(cell) for cell in cli_machine._row(layer, peak)]
+    # 1e6 operations in 2 ms are a quarter of 2e9 a second, 1e5 bytes a twentieth of 1e9.
+    assert row == ["a and 1 alike", "8x4", *row[2:5], "2.0x", "slower", "25%", "5%"]
     kept = dataclasses.replace(layer, ran="float", seconds_low_bit=None)
-    found = Benchmark(layers=(layer, kept), step_float=1.0, step_low_bit=1.5, batch=1, rounds=3)
+    assert kept.shares(peak) == (0.1, 1.0)
+    assert cli_machine._row(layer, None)[-2:] == ("", "")
+    found = Benchmark(
+        layers=(layer, kept), step_float=1.0, step_low_bit=1.5, batch=1, rounds=3, peak=peak
+    )
     verdict = cli_machine._verdict(found)
     assert "1.50 times the float step: slower." in verdict
     assert "2 of 2 low-bit layers are slower" in verdict
+    assert "(published): 0.01 TFLOP/s, 0.002 TOP/s of int8, 1 GB/s" in verdict
 
 
 @pytest.mark.parametrize(
