@@ -28,8 +28,9 @@ from qjax.kernels.quant_conv_xla import (
     pad_image,
     shifted_dots,
 )
-from qjax.kernels.quant_matmul import Implementation, Problem, choose, on_its_platform, quant_matmul
+from qjax.kernels.quant_matmul import Implementation, choose, on_its_platform, quant_matmul
 from qjax.kernels.target import current_target
+from qjax.kernels.tuning import Problem
 
 # Forms by input channels, on a CPU (benchmarks/conv.py): one matmul per tap is faster than
 # patches from here on, and gathers nothing; below the other number patches are too narrow for
@@ -237,7 +238,7 @@ def _takes_windows(kernel: Kernel, x_scale: Array, channels: int, implementation
     if groups == 1 and kh * kw > 1:
         return False  # a tap's channels are a group: too large for most
     problem = Problem(None, channels, kernel.q.shape[3], groups, kernel.fmt, jnp.int8)
-    return choose(implementation, problem) == "hopper"
+    return choose(implementation, problem).implementation == "hopper"
 
 
 def _per_channel(small: Array | None, channels: int) -> Array | None:

@@ -9,14 +9,15 @@
 A named implementation that cannot run raises `NotImplementedError`. `auto` takes on a TPU the
 kernel where it takes the weight and has something to gain: where the weights are packed or have
 groups; of plain int8 matrices XLA makes an int8 matmul itself, and fuses what follows. On a GPU
-it takes XLA: the kernels for Hopper have run in an interpreter only. `prefer` changes that.
+it takes XLA: the kernels for Hopper have run in an interpreter only. What
+`qjax tune` measured on the machine goes before (`kernels.tuning`), and `prefer` before that.
 """
 
 import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,15 @@ from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels import quant_matmul_hopper as hopper
-from qjax.kernels import tiles_tpu
+from qjax.kernels import tiles_tpu, tuning
 from qjax.kernels.one_device import one_device
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import quant_matmul_xla, shared_groups, weight_matmul_xla
 from qjax.kernels.target import current_target
-from qjax.kernels.weight_matmul_hopper import weight_matmul_hopper
+from qjax.kernels.tiles_tpu import Blocks
+from qjax.kernels.tuning import Choice, Problem
+from qjax.kernels.weight_matmul_hopper import Cut, weight_matmul_hopper
 from qjax.kernels.weight_matmul_hopper import why_not as why_not_weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
@@ -49,27 +52,7 @@ def prefer(implementation: Implementation) -> Iterator[None]:
         _PREFERRED.reset(token)
 
 
-class Problem(NamedTuple):
-    """What an implementation must take.
-
-    Attributes:
-      rows: Of the activations; may be symbolic.
-      size: Input channels.
-      columns: Output channels.
-      groups: Groups of input channels.
-      fmt: Storage of the weight.
-      dtype: Of the activations; int8 for codes.
-    """
-
-    rows: Any
-    size: int
-    columns: int
-    groups: int
-    fmt: Format
-    dtype: Any
-
-
-def choose(implementation: str, problem: Problem) -> str:
+def choose(implementation: str, problem: Problem) -> Choice:
     """The implementation that runs, for the device that is traced for (`kernels.target`).
 
     Raises:
@@ -81,19 +64,25 @@ def choose(implementation: str, problem: Problem) -> str:
             f"The implementations of the low-bit matmul are {', '.join(map(repr, names))}; got "
             f"{implementation!r}."
         )
+    tuning.record(problem)
     if implementation == "auto":
-        preferred = _PREFERRED.get()
+        preferred, tuned = _PREFERRED.get(), tuning.choice(problem)
+        if preferred is None and tuned is not None and _can(tuned.implementation, problem):
+            return tuned
         gains = problem.fmt.widens or problem.groups > 1
         wanted = preferred or ("tpu" if gains and current_target().platform == "tpu" else "xla")
-        can = wanted == "xla" or _why_not(wanted, problem) is None
-        return wanted if can else "xla"
+        return Choice(wanted if _can(wanted, problem) else "xla")
     reason = _why_not(implementation, problem)
     if reason is not None:
         raise NotImplementedError(
             f"The implementation {implementation!r} of the low-bit matmul cannot run here: "
             f"{reason}. implementation='xla' runs everywhere, 'auto' takes what can."
         )
-    return implementation
+    return Choice(implementation)
+
+
+def _can(implementation: str, problem: Problem) -> bool:
+    return _why_not(implementation, problem) is None
 
 
 def _why_not(implementation: str, problem: Problem) -> str | None:
@@ -142,21 +131,29 @@ def quant_matmul(
     """
     operands = (p, x_scale, x_zero, q, w_scale, w_zero)
     groups = shared_groups(p, x_scale, w_scale)
+    chosen = choose(
+        implementation, Problem(p.shape[0], p.shape[1], q.shape[1], groups, fmt, p.dtype)
+    )
 
     def by_xla(*operands: Any) -> Array:
-        return quant_matmul_xla(*operands, fmt=fmt).astype(dtype)
+        piece = _piece(chosen)
+        return quant_matmul_xla(*operands, fmt=fmt, piece=piece).astype(dtype)
 
-    problem = Problem(p.shape[0], p.shape[1], q.shape[1], groups, fmt, p.dtype)
-    chosen = choose(implementation, problem)
-    kernels: dict[str, Callable[..., Array]] = {
-        "tpu": quant_matmul_tpu,
-        "hopper": hopper.quant_matmul_hopper,
-    }
-    if chosen == "xla":
+    def by_kernel(*operands: Any) -> Array:
+        if chosen.implementation == "tpu":
+            blocks = None if chosen.blocks is None else Blocks(*chosen.blocks)
+            return quant_matmul_tpu(*operands, fmt=fmt, dtype=dtype, blocks=blocks)
+        tile = None if chosen.blocks is None else hopper.Tile(*chosen.blocks)
+        return hopper.quant_matmul_hopper(*operands, fmt=fmt, dtype=dtype, tile=tile)
+
+    if chosen.implementation == "xla":
         return by_xla(*operands)
-    return on_its_platform(
-        chosen, functools.partial(kernels[chosen], fmt=fmt, dtype=dtype), by_xla, operands
-    )
+    return on_its_platform(chosen.implementation, by_kernel, by_xla, operands)
+
+
+def _piece(chosen: Choice) -> int | None:
+    """Columns at once, if XLA was chosen with its own."""
+    return chosen.blocks[0] if chosen.implementation == "xla" and chosen.blocks else None
 
 
 def weight_matmul(
@@ -175,19 +172,22 @@ def weight_matmul(
       NotImplementedError: If the implementation asked for cannot run here.
     """
     operands = (x, q, w_scale, w_zero)
-    by_xla = functools.partial(weight_matmul_xla, fmt=fmt)
     size, groups = x.shape[1], w_scale.shape[0]
     if size % groups:
-        return by_xla(*operands)  # says what is wrong
-    problem = Problem(x.shape[0], size, q.shape[1], groups, fmt, x.dtype)
-    chosen = choose(implementation, problem)
-    if chosen == "xla":
+        return weight_matmul_xla(*operands, fmt=fmt)  # says what is wrong
+    chosen = choose(implementation, Problem(x.shape[0], size, q.shape[1], groups, fmt, x.dtype))
+    by_xla = functools.partial(weight_matmul_xla, fmt=fmt, piece=_piece(chosen))
+
+    def by_kernel(*operands: Any) -> Array:
+        if chosen.implementation == "tpu":
+            blocks = None if chosen.blocks is None else Blocks(*chosen.blocks)
+            return weight_matmul_tpu(*operands, fmt=fmt, blocks=blocks)
+        cut = None if chosen.blocks is None else Cut(*chosen.blocks)
+        return weight_matmul_hopper(*operands, fmt=fmt, cut=cut)
+
+    if chosen.implementation == "xla":
         return by_xla(*operands)
-    kernels: dict[str, Callable[..., Array]] = {
-        "tpu": weight_matmul_tpu,
-        "hopper": weight_matmul_hopper,
-    }
-    return on_its_platform(chosen, functools.partial(kernels[chosen], fmt=fmt), by_xla, operands)
+    return on_its_platform(chosen.implementation, by_kernel, by_xla, operands)
 
 
 def on_its_platform(

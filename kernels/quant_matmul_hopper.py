@@ -103,7 +103,12 @@ def why_not(size: int, columns: int, groups: int, chip: str) -> str | None:
 
 
 def choose_tile(rows: int, size: int, columns: int, *, group: int | None, itemsize: int) -> Tile:
-    """The largest block that divides columns and groups; rows are padded to whole blocks.
+    """The largest of `tiles` that the rows fill."""
+    return tiles(rows, size, columns, group=group, itemsize=itemsize)[0]
+
+
+def tiles(rows: int, size: int, columns: int, *, group: int | None, itemsize: int) -> list[Tile]:
+    """Blocks that divide columns and groups, the best first; rows are padded to whole blocks.
 
     With groups a thread keeps integers and floats of its sums, and has half as many rows.
 
@@ -114,16 +119,15 @@ def choose_tile(rows: int, size: int, columns: int, *, group: int | None, itemsi
       group: Input channels of a group; None where all share their scales.
       itemsize: Bytes of a value of the result.
     """
-    k = group or next(width for width in WIDTHS_K if size % width == 0)
-    n = next(width for width in WIDTHS_N if columns % width == 0)
-
-    def stages(m: int) -> int:
-        left = SHARED_BYTES - WARPGROUPS * m * n * itemsize
-        return min(STAGES, size // k, left // ((WARPGROUPS * m + n) * k))
-
-    large = group is None and rows > WARPGROUPS * 64 and stages(128) > 2
-    m = 128 if large else 64
-    return Tile(m, n, k, stages(m))
+    found = []
+    for m in (128, 64) if group is None and rows > WARPGROUPS * 64 else (64,):
+        for n in (width for width in WIDTHS_N if columns % width == 0):
+            for k in [group] if group else [width for width in WIDTHS_K if size % width == 0]:
+                left = SHARED_BYTES - WARPGROUPS * m * n * itemsize
+                stages = min(STAGES, size // k, left // ((WARPGROUPS * m + n) * k))
+                if stages > 0 and (m == 64 or stages > 2):
+                    found.append(Tile(m, n, k, stages))
+    return found
 
 
 def _kernel(

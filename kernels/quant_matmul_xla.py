@@ -161,6 +161,7 @@ def quant_matmul_xla(
     w_zero: Int[Array, "g n"] | None,
     *,
     fmt: Format,
+    piece: int | None = None,
 ) -> Float[Array, "m n"]:
     """The low-bit matmul of the module's formula, in float32.
 
@@ -172,6 +173,7 @@ def quant_matmul_xla(
       w_scale: Steps of the weights; an axis of size 1 is shared.
       w_zero: Zero points of the weights, shaped as `w_scale`, or None.
       fmt: Storage of `q`.
+      piece: Columns at once on a CPU; None for `piece_columns`.
 
     Raises:
       ValueError: If the groups of activations and weights are of unequal size.
@@ -198,7 +200,8 @@ def quant_matmul_xla(
         zeros = jnp.zeros((rows, codes.shape[1]), jnp.float32)
         return lax.scan(add_group, zeros, parts)[0]
 
-    piece = piece_columns(rows, size, q.shape[1], widened=groups > 1 or fmt.widens)
+    if piece is None:
+        piece = piece_columns(rows, size, q.shape[1], widened=groups > 1 or fmt.widens)
     return _in_pieces(compute, (q, w_scale, w_zero), rows, piece, jnp.float32)
 
 
@@ -210,6 +213,7 @@ def weight_matmul_xla(
     *,
     fmt: Format,
     dtype: jnp.dtype | None = None,
+    piece: int | None = None,
 ) -> Float[Array, "m n"]:
     """`x @ ((q - w_zero) * w_scale)` with float activations, in the dtype of `x`.
 
@@ -223,6 +227,7 @@ def weight_matmul_xla(
       w_zero: Zero points of the weights, shaped as `w_scale`, or None.
       fmt: Storage of `q`.
       dtype: Dtype of the result; None for that of `x`.
+      piece: Columns at once on a CPU; None for `piece_columns`.
 
     Raises:
       ValueError: If the groups do not divide the input channels.
@@ -245,7 +250,8 @@ def weight_matmul_xla(
         y = jnp.matmul(x, values, preferred_element_type=jnp.float32)
         return (y if groups > 1 else y * w_scale).astype(dtype)
 
-    piece = piece_columns(rows, size, q.shape[1], widened=True)
+    if piece is None:
+        piece = piece_columns(rows, size, q.shape[1], widened=True)
     return _in_pieces(compute, (q, w_scale, w_zero), rows, piece, dtype)
 
 

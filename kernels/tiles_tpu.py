@@ -84,7 +84,7 @@ def choose_blocks(
     m = min(m, rows)
     n = min(n, -(-columns // LANES) * LANES)
     half = lambda length: -(-length // (2 * LANES)) * LANES
-    while _vmem_bytes(m, n, k, fmt, itemsize) > VMEM_BYTES:
+    while not fits(Blocks(m, n, k), fmt, itemsize):
         if m > LANES and m >= n:
             m = half(m)
         elif n > LANES:
@@ -96,10 +96,15 @@ def choose_blocks(
     return Blocks(m, n, k)
 
 
-def _vmem_bytes(m: int, n: int, k: int, fmt: Format, itemsize: int) -> int:
-    """Two blocks of inputs, weights and outputs, sums, and the weights in a wider form twice."""
+def fits(blocks: Blocks, fmt: Format, itemsize: int) -> bool:
+    """Whether blocks fit VMEM.
+
+    Two blocks of inputs, weights and outputs, sums, and the weights in a wider form twice.
+    """
+    m, n, k = blocks
     weights = k * n * (fmt.bits if fmt.packed else 8) // 8
-    return 2 * (m * k * itemsize + weights + 4 * m * n) + 4 * m * n + 2 * k * n * itemsize
+    needed = 2 * (m * k * itemsize + weights + 4 * m * n) + 4 * m * n + 2 * k * n * itemsize
+    return needed <= VMEM_BYTES
 
 
 def by_steps(array: Array, steps: int, length: int, dtype: Any) -> Array:

@@ -62,10 +62,15 @@ class Cut(NamedTuple):
 
 def choose_cut(size: int, columns: int, fmt: Format) -> Cut:
     """The fewest parts that keep a GPU busy, of whole packing blocks."""
-    blocks, wide = size // fmt.block, columns // (WARPGROUPS * COLUMNS)
+    wide, known = columns // (WARPGROUPS * COLUMNS), cuts(size, fmt)
+    return next((cut for cut in known if cut.parts * wide >= BUSY), known[-1])
+
+
+def cuts(size: int, fmt: Format) -> list[Cut]:
+    """All cuts into whole packing blocks, the fewest parts first."""
+    blocks = size // fmt.block
     divisors = [n for n in range(1, blocks + 1) if blocks % n == 0]
-    parts = next((n for n in divisors if n * wide >= BUSY), divisors[-1])
-    return Cut(parts, min(STAGES, blocks // parts))
+    return [Cut(n, min(STAGES, blocks // n)) for n in divisors]
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], fmt: Format, group: int | None, cut: Cut) -> None:

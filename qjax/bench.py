@@ -21,9 +21,11 @@ from qjax.core.layers import Conv, Dense
 from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.core.serialize import flatten
 from qjax.core.typing import Array, Params
+from qjax.kernels.tuning import Problem
 from qjax.models.pipeline import Pipeline
 from qjax.roofline import Peak, peak, shares
 from qjax.timing import interleaved
+from qjax.tune import problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,18 @@ def bench(
         rounds=rounds,
         peak=peak(),
     )
+
+
+def matmuls(quantized: Pipeline, batch: int) -> list[Problem]:
+    """The different low-bit matmuls of one call of the network, for `tune.tune`.
+
+    Args:
+      quantized: With quantized params.
+      batch: Pictures in a call.
+    """
+    x, t, labels = _inputs(quantized, batch)
+    row = {k: v for k, v in (_first_row(quantized) or {}).items() if k != "noise_correction"}
+    return problems(lambda v: quantized.apply(v, x, t, labels), {"params": quantized.params, **row})
 
 
 def layer_calls(pipe: Pipeline, batch: int) -> list[LayerCall]:

@@ -8,13 +8,16 @@ from rich.text import Text
 
 import qjax
 from qjax import doctor as doctor_
-from qjax.bench import Benchmark, LayerTime, bench, dequantized
+from qjax.bench import Benchmark, LayerTime, bench, dequantized, matmuls
 from qjax.cli_models import MODEL, RECIPE, chosen_recipe, load_model
 from qjax.cli_options import Command, Option, whole
 from qjax.cli_output import Output, grid
+from qjax.kernels import tuning
+from qjax.models.pipeline import Pipeline
 from qjax.report_layers import how_quantized
 from qjax.report_words import SAME_SPEED, number_text, seconds_text
 from qjax.roofline import Peak
+from qjax.tune import tune
 
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 DEFAULT_RECIPE = "w8a8"
@@ -45,21 +48,7 @@ def doctor(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
 
 def run_bench(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Times of every layer and of a whole step, float and low-bit in turn."""
-    pipe = load_model(settings.model, output)
-    how = how_quantized(pipe.params)
-    if how == "not quantized":
-        if settings.recipe is None and not settings.quant:
-            settings.recipe = DEFAULT_RECIPE
-        recipe = chosen_recipe(settings, pipe.params)
-        quantized, name = qjax.quantize(pipe, recipe.quant), recipe.name
-    elif settings.recipe is not None or settings.quant:
-        raise ValueError(
-            f"{settings.model} is quantized already ({how}); leave the recipe out, or give the "
-            "float model."
-        )
-    else:
-        quantized, name = pipe, "as saved"
-        pipe = dequantized(pipe)
+    pipe, quantized, name = _float_and_low_bit(settings, output)
     with output.progress("timing") as tell:
         found = bench(
             pipe, quantized, batch=settings.batch, rounds=settings.rounds, on_progress=tell
@@ -91,6 +80,74 @@ def run_bench(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             "ratio": found.step_low_bit / found.step_float,
         },
         "slower": [path for layer in _slower(found) for path in layer.paths],
+    }
+
+
+def _float_and_low_bit(settings: SimpleNamespace, output: Output) -> tuple[Pipeline, Pipeline, str]:
+    """A model in float and quantized, and what quantized it."""
+    pipe = load_model(settings.model, output)
+    how = how_quantized(pipe.params)
+    if how == "not quantized":
+        if settings.recipe is None and not settings.quant:
+            settings.recipe = DEFAULT_RECIPE
+        recipe = chosen_recipe(settings, pipe.params)
+        quantized, name = qjax.quantize(pipe, recipe.quant), recipe.name
+    elif settings.recipe is not None or settings.quant:
+        raise ValueError(
+            f"{settings.model} is quantized already ({how}); leave the recipe out, or give the "
+            "float model."
+        )
+    else:
+        quantized, name = pipe, "as saved"
+        pipe = dequantized(pipe)
+    return pipe, quantized, name
+
+
+def run_tune(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
+    """Measures every low-bit matmul's candidates, and keeps the fastest for later programs."""
+    _, quantized, name = _float_and_low_bit(settings, output)
+    # With guidance the network is called with twice as many.
+    wanted = matmuls(quantized, settings.batch) + matmuls(quantized, 2 * settings.batch)
+    wanted = list(dict.fromkeys(wanted))
+    with output.progress("tuning") as tell:
+        found = tune(wanted, rounds=settings.rounds, on_progress=tell)
+    file = tuning.keep({one.problem: one.choice for one in found})
+    rows = [
+        (
+            one.problem.name(),
+            one.choice.implementation,
+            "rule" if one.choice.blocks is None else "x".join(map(str, one.choice.blocks)),
+            str(one.tried),
+            seconds_text(one.seconds_rule),
+            seconds_text(one.seconds),
+            f"{number_text(one.seconds / one.seconds_rule, 2)}x",
+        )
+        for one in found
+    ]
+    heads = ("matmul", "fastest", "blocks", "tried", "rule", "tuned", "ratio")
+    faster = sum(one.seconds < one.seconds_rule for one in found)
+    output.say(f"{settings.model}, {name}, on {tuning.machine()}")
+    output.say(
+        grid(heads, rows, right="tried rule tuned ratio"),
+        f"{faster} of {len(found)} matmuls are faster than by rule; kept in {file}.",
+    )
+    return {
+        "model": settings.model,
+        "recipe": name,
+        "machine": tuning.machine(),
+        "file": str(file),
+        "matmuls": [
+            {
+                "problem": one.problem.name(),
+                "implementation": one.choice.implementation,
+                "blocks": one.choice.blocks,
+                "seconds_rule": one.seconds_rule,
+                "seconds": one.seconds,
+                "tried": one.tried,
+                "failed": [[str(choice), why] for choice, why in one.failed],
+            }
+            for one in found
+        ],
     }
 
 
@@ -150,33 +207,44 @@ def _verdict(found: Benchmark) -> str:
     )
 
 
+TIMED = (
+    dataclasses.replace(
+        RECIPE, help=f"{RECIPE.help} (default for a float model: {DEFAULT_RECIPE})"
+    ),
+    Option(
+        name="batch",
+        read=whole(1),
+        metavar="N",
+        default=16,
+        help="pictures in a call of the network",
+    ),
+    Option(
+        name="rounds",
+        read=whole(1),
+        metavar="N",
+        default=7,
+        help="samples behind each median",
+    ),
+)
+
 COMMANDS = (
     Command(
         name="bench",
         help="time every layer and a whole step, float against low-bit",
         run=run_bench,
         arguments=(MODEL,),
-        options=(
-            dataclasses.replace(
-                RECIPE, help=f"{RECIPE.help} (default for a float model: {DEFAULT_RECIPE})"
-            ),
-            Option(
-                name="batch",
-                read=whole(1),
-                metavar="N",
-                default=16,
-                help="pictures in a call of the network",
-            ),
-            Option(
-                name="rounds",
-                read=whole(1),
-                metavar="N",
-                default=7,
-                help="samples behind each median",
-            ),
-        ),
+        options=TIMED,
         takes_quant=True,
         example="qjax bench fashion-dit --recipe w4a8",
+    ),
+    Command(
+        name="tune",
+        help="find the fastest way to do every low-bit matmul of a model on this machine",
+        run=run_tune,
+        arguments=(MODEL,),
+        options=TIMED,
+        takes_quant=True,
+        example="qjax tune fashion-dit --recipe w4a8",
     ),
     Command(
         name="doctor",

@@ -26,7 +26,10 @@ from qjax.core import ops
 from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.quantize import quantize_leaf
 from qjax.kernels import quant_matmul as kernels
-from qjax.kernels.packing import Format
+from qjax.kernels import tuning
+from qjax.kernels.packing import Format, pack
+from qjax.kernels.quant_matmul_hopper import why_not_chip
+from qjax.kernels.target import current_target
 from qjax.report_words import bytes_text, number_text
 from qjax.timing import interleaved
 
@@ -155,28 +158,53 @@ def _devices() -> Iterator[Finding]:
 
 def _implementations() -> Iterator[Finding]:
     """Each implementation of each low-bit matmul is tried on a small case, and checked."""
+    yield _kernels()
     rng = np.random.default_rng(0)
-    codes = jnp.asarray(rng.integers(-127, 128, (8, 64)), jnp.int8)
-    weights = jnp.asarray(rng.integers(-127, 128, (64, 32)), jnp.int8)
-    one, scales = jnp.ones((8, 1), jnp.float32), jnp.ones((1, 32), jnp.float32)
+    codes = jnp.asarray(rng.integers(-127, 128, (8, 256)), jnp.int8)
+    weights = jnp.asarray(rng.integers(-8, 8, (256, 128)), jnp.int8)
+    one, scales = jnp.ones((8, 1), jnp.float32), jnp.ones((1, 128), jnp.float32)
     exact = np.asarray(codes, np.int64) @ np.asarray(weights, np.int64)
-    floats, w8, fmt = codes.astype(jnp.float32), (weights, scales, None), Format(bits=8)
+    # Floats that hold every code; packed weights, which all kernels take.
+    floats, fmt = codes.astype(jnp.bfloat16), Format(bits=4, block=256, packed=True)
+    w4 = pack(weights, bits=4), scales, None
     for name in typing.get_args(kernels.Implementation):
         if name == "auto":
             continue
         yield _try(
-            f"int8 matmul, {name}",
+            f"W4A8 matmul, {name}",
             functools.partial(
-                kernels.quant_matmul, codes, one, None, *w8, fmt=fmt, implementation=name
+                kernels.quant_matmul, codes, one, None, *w4, fmt=fmt, implementation=name
             ),
             exact,
         )
         yield _try(
-            f"weight-only matmul, {name}",
-            functools.partial(kernels.weight_matmul, floats, *w8, fmt=fmt, implementation=name),
+            f"W4A16 matmul, {name}",
+            functools.partial(kernels.weight_matmul, floats, *w4, fmt=fmt, implementation=name),
             exact,
         )
     yield _convolution()
+
+
+def _kernels() -> Finding:
+    """Which implementation low-bit matmuls get here, and who says so."""
+    platform, kind = current_target()
+    hopper = platform == "gpu" and why_not_chip(kind) is None
+    if platform == "tpu":
+        text = "Packed and grouped weights get Pallas kernels, plain int8 ones XLA's int8 matmul."
+    elif hopper:
+        text = (
+            "Low-bit matmuls run by XLA unless `qjax tune` finds the Pallas kernels for Hopper "
+            "faster, which have not been measured."
+        )
+    elif platform == "gpu":
+        text = f"Low-bit matmuls run by XLA: the Pallas kernels need a Hopper GPU, got {kind}."
+    else:
+        text = "Low-bit matmuls run by XLA, int8 where activations are quantized."
+    found = len(tuning.choices())
+    measured = (
+        f"{found} measured choices in {tuning.path()}" if found else "no measured choices yet"
+    )
+    return Finding(about="kernels", grade="ok", text=f"{text} `qjax tune`: {measured}.")
 
 
 def _convolution() -> Finding:
@@ -198,9 +226,9 @@ def _try(about: str, run: Callable[[], jax.Array], exact: np.ndarray) -> Finding
         answer = np.asarray(run())
     except NotImplementedError as error:
         return Finding(about=about, grade="note", text=f"Not here: {error}")
-    if np.array_equal(answer, exact):
+    if np.array_equal(answer, exact.astype(answer.dtype)):
         return Finding(about=about, grade="ok", text="Runs here and is exact on a small case.")
-    worst = np.abs(answer - exact).max()
+    worst = np.abs(answer.astype(np.float64) - exact).max()
     text = f"Runs here and is WRONG by up to {worst:g} on a small case; please report it."
     return Finding(about=about, grade="wrong", text=text)
 

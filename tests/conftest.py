@@ -1,10 +1,14 @@
 """Strict dtype promotion and one thread of torch for every test, and what several files use."""
 
 import os
+import tempfile
 
 # torch reads it when it is imported. Its networks here are tiny: threads that wait for one
 # another take many times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What `qjax tune` found on this machine has no part in tests.
+os.environ["QJAX_CACHE"] = os.path.join(tempfile.gettempdir(), "qjax-tests-without-tuning")
 
 import collections
 import gc

@@ -532,7 +532,7 @@ def test_doctor_says_a_sentence_about_each_thing(run):
     data = json.loads(result.out)
     assert (result.status, result.err, data["wrong"]) == (0, "", 0)
     about = {finding["about"]: finding for finding in data["findings"]}
-    assert about["int8 matmul, xla"]["grade"] == "ok"
+    assert about["W4A8 matmul, xla"]["grade"] == "ok"
     assert "runs as xla, int8 matmul" in about["convolution"]["text"]
     assert MODEL in about["shipped models"]["text"]
     assert all(finding["text"].endswith(".") for finding in data["findings"])

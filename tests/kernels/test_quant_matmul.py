@@ -11,12 +11,13 @@ import pytest
 
 from qjax.kernels import packing, quant_matmul_xla
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul import Problem, choose, prefer, quant_matmul, weight_matmul
+from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
 from qjax.kernels.quant_matmul_hopper import quant_matmul_hopper
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import integer_dot, piece_columns
 from qjax.kernels.target import target
 from qjax.kernels.tiles_tpu import Blocks
+from qjax.kernels.tuning import Problem
 from qjax.kernels.weight_matmul_hopper import weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
@@ -357,7 +358,7 @@ def test_an_implementation_that_cannot_run_says_so(name, message):
 def test_on_a_tpu_the_kernel_is_for_packed_and_grouped_weights_and_on_a_gpu_if_preferred():
     def chosen(groups=1, packed=True, rows=4096, dtype=jnp.int8):
         fmt = Format(bits=4, block=256, packed=True) if packed else Format(bits=8)
-        return choose("auto", Problem(rows, 1024, 256, groups, fmt, dtype))
+        return choose("auto", Problem(rows, 1024, 256, groups, fmt, dtype)).implementation
 
     with target("tpu", "TPU v5 lite"):
         assert chosen() == "tpu"

@@ -1,0 +1,230 @@
+"""Choices of an implementation that were measured on this machine, kept for later programs.
+
+`qjax tune` times the candidates for every matmul of a model (`qjax.tune`) and writes the fastest
+into a file in the user's cache folder, under the kind of chip and the version of JAX. Where
+a program is traced, `quant_matmul.choose` looks here before it goes by its rules. Without
+the file, as after an installation, the rules alone decide: what nobody measured does not
+change from machine to machine.
+"""
+
+import contextlib
+import contextvars
+import functools
+import json
+import os
+import platform as platform_
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qjax.kernels import quant_matmul_hopper, tiles_tpu, weight_matmul_hopper
+from qjax.kernels.packing import Format
+from qjax.kernels.quant_matmul_xla import PIECE_STEP
+from qjax.kernels.target import current_target
+
+PIECES = (2048, 1024, 768, 512, 384, 256, 128, 64)
+TPU_ROWS, TPU_COLUMNS = (128, 256, 512, 1024), (128, 256, 512, 1024)
+
+
+class Problem(NamedTuple):
+    """What an implementation must take.
+
+    Attributes:
+      rows: Of the activations; may be symbolic.
+      size: Input channels.
+      columns: Output channels.
+      groups: Groups of input channels.
+      fmt: Storage of the weight.
+      dtype: Of the activations; int8 for codes.
+    """
+
+    rows: Any
+    size: int
+    columns: int
+    groups: int
+    fmt: Format
+    dtype: Any
+
+    @property
+    def codes(self) -> bool:
+        """Whether the activations are codes, and not floats."""
+        return self.dtype == jnp.int8
+
+    def name(self) -> str:
+        """The same for equal problems, in every process."""
+        fmt, dtype = self.fmt, jnp.dtype(self.dtype).name
+        stored = f"{fmt.bits} bits packed by {fmt.block}" if fmt.packed else f"{fmt.bits} bits"
+        shape = f"{self.rows}x{self.size}x{self.columns}"
+        return f"{dtype} {shape}, {self.groups} groups, {stored}, {fmt.pad} padded"
+
+
+class Choice(NamedTuple):
+    """An implementation and the sizes of its blocks; None for its own rule.
+
+    Of xla the columns of a piece, of tpu `Blocks`, of hopper a `Tile` or, of floats, a `Cut`.
+    """
+
+    implementation: str
+    blocks: tuple[int, ...] | None = None
+
+
+def path() -> Path:
+    """The file of choices: `tuning.json` in `$QJAX_CACHE`, or in `qjax` of the user's cache."""
+    own = os.environ.get("QJAX_CACHE")
+    if own:
+        return Path(own) / "tuning.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax" / "tuning.json"
+
+
+def machine() -> str:
+    """What choices hold for: the kind of chip and the version of JAX."""
+    platform, kind = current_target()
+    if platform == "cpu":
+        kind = f"{_processor()}, {os.cpu_count()} cores"
+    return f"{kind}, jax {jax.__version__}"
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform_.processor() or platform_.machine()
+
+
+_RECORDED: contextvars.ContextVar[list[Problem] | None] = contextvars.ContextVar(
+    "recorded", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Problem]]:
+    """Every problem that is chosen for while programs are traced within."""
+    found: list[Problem] = []
+    token = _RECORDED.set(found)
+    try:
+        yield found
+    finally:
+        _RECORDED.reset(token)
+
+
+def record(problem: Problem) -> None:
+    """Add a problem to what is being recorded, if anything is."""
+    found = _RECORDED.get()
+    if found is not None and isinstance(problem.rows, int):
+        found.append(problem)
+
+
+_INSTEAD: contextvars.ContextVar[Mapping[str, Choice] | None] = contextvars.ContextVar(
+    "instead", default=None
+)
+
+
+@contextlib.contextmanager
+def using(instead: Mapping[Problem, Choice]) -> Iterator[None]:
+    """Programs traced within take these choices, and the rules for all else, not the file."""
+    token = _INSTEAD.set({problem.name(): one for problem, one in instead.items()})
+    try:
+        yield
+    finally:
+        _INSTEAD.reset(token)
+
+
+_read: tuple[tuple[str, int] | None, dict[str, Any]] = (None, {})
+
+
+def choice(problem: Problem) -> Choice | None:
+    """What was measured to be fastest for a problem on this machine; None if nothing was."""
+    instead = _INSTEAD.get()
+    if instead is not None:
+        return instead.get(problem.name())
+    if not isinstance(problem.rows, int):
+        return None
+    found = choices().get(problem.name())
+    if found is None:
+        return None
+    blocks = found["blocks"]
+    return Choice(found["implementation"], None if blocks is None else tuple(blocks))
+
+
+def choices() -> dict[str, Any]:
+    """The file's choices for this machine, by the names of problems."""
+    return _file().get(machine(), {})
+
+
+def keep(measured: Mapping[Problem, Choice]) -> Path:
+    """Write choices for this machine into the file, beside what it has."""
+    file, known = path(), dict(_file())
+    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
+    known[machine()] = choices() | mine
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
+        json.dump(known, new, indent=1, sort_keys=True)
+    os.replace(new.name, file)
+    return file
+
+
+def _file() -> dict[str, Any]:
+    """The file's contents, read again where it has changed."""
+    global _read
+    file = path()
+    try:
+        version = (str(file), file.stat().st_mtime_ns)
+    except OSError:
+        return {}
+    if _read[0] != version:
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{file} must be the JSON that `qjax tune` writes: {error}. Delete it, and tune again."
+            ) from None
+        _read = (version, found)
+    return _read[1]
+
+
+def candidates(problem: Problem) -> list[Choice]:
+    """Everything worth a try on the device that programs are traced for, the rule's own first."""
+    found = [Choice("xla")]
+    platform, kind = current_target()
+    rows, size, columns, groups, fmt, _ = problem
+    if platform == "cpu":
+        wider = fmt.widens or groups > 1 or not problem.codes
+        pieces = [columns, *(n for n in PIECES if n < columns and n % PIECE_STEP == 0)]
+        found += [Choice("xla", (piece,)) for piece in pieces if wider or rows * columns > 2**18]
+    if platform == "tpu" and tiles_tpu.why_not(size, groups, fmt) is None:
+        itemsize = jnp.dtype(problem.dtype).itemsize
+        own = tiles_tpu.choose_blocks(
+            rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize
+        )
+        assert own is not None  # what `why_not` says
+        found.append(Choice("tpu"))
+        for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
+            for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
+                blocks = tiles_tpu.Blocks(min(m, rows), n, own.k)
+                if blocks != own and tiles_tpu.fits(blocks, fmt, itemsize):
+                    found.append(Choice("tpu", tuple(blocks)))
+    if platform == "gpu":
+        found += _for_hopper(problem, kind)
+    return found
+
+
+def _for_hopper(problem: Problem, kind: str) -> list[Choice]:
+    rows, size, columns, groups, fmt, _ = problem
+    if not problem.codes:
+        if weight_matmul_hopper.why_not(rows, size, columns, groups, fmt, kind) is not None:
+            return []
+        own_cut = weight_matmul_hopper.choose_cut(size, columns, fmt)
+        cuts = weight_matmul_hopper.cuts(size, fmt)
+        return [Choice("hopper"), *(Choice("hopper", tuple(c)) for c in cuts if c != own_cut)]
+    if quant_matmul_hopper.why_not(size, columns, groups, kind) is not None:
+        return []
+    group = size // groups if groups > 1 else None
+    tiles = quant_matmul_hopper.tiles(rows, size, columns, group=group, itemsize=2)
+    own = quant_matmul_hopper.choose_tile(rows, size, columns, group=group, itemsize=2)
+    return [Choice("hopper"), *(Choice("hopper", tuple(t)) for t in tiles if t != own)]

@@ -1,0 +1,145 @@
+"""Finds the fastest way to do every low-bit matmul of a model on this machine.
+
+A call of the network is traced to see which matmuls it has. Every candidate of each
+(`kernels.tuning.candidates`) runs alone, all in turn, and the fastest is kept, if it is clearly
+faster than what the rules would have taken. `kernels.tuning.keep` writes them for programs that
+are traced afterwards.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.core.typing import Array
+from qjax.kernels import tuning
+from qjax.kernels.packing import pack
+from qjax.kernels.quant_matmul import choose, quant_matmul, weight_matmul
+from qjax.kernels.tuning import Choice, Problem
+from qjax.timing import interleaved
+
+# A candidate must be faster than the rules' own by as much, twice: the fastest of many is
+# partly the luckiest.
+GAIN = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What was found for a matmul.
+
+    Attributes:
+      problem: The matmul.
+      choice: The fastest candidate, or the rule's own.
+      seconds_rule: Of what the rules take.
+      seconds: Of the choice.
+      tried: Candidates that ran.
+      failed: Candidates that did not, and why.
+    """
+
+    problem: Problem
+    choice: Choice
+    seconds_rule: float
+    seconds: float
+    tried: int
+    failed: tuple[tuple[Choice, str], ...] = ()
+
+
+def problems(function: Callable[..., Any], *args: Any) -> list[Problem]:
+    """The different matmuls of a function, in the order in which it is traced.
+
+    Args:
+      function: Calls a quantized model.
+      *args: What it is called with; shapes suffice.
+    """
+    with tuning.recording() as found:
+        # A new function: what JAX has traced before would not be traced again.
+        jax.eval_shape(lambda *given: function(*given), *args)
+    return list(dict.fromkeys(found))
+
+
+def tune(
+    wanted: list[Problem],
+    *,
+    rounds: int = 7,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> list[Tuned]:
+    """Measure all candidates of every problem on this machine.
+
+    Args:
+      wanted: The matmuls.
+      rounds: Samples behind each median.
+      on_progress: Called with work done, all work and what comes next.
+    """
+    found = []
+    for i, problem in enumerate(wanted):
+        if on_progress is not None:
+            on_progress(i, len(wanted), problem.name())
+        found.append(_tune(problem, rounds))
+    return found
+
+
+def _tune(problem: Problem, rounds: int) -> Tuned:
+    operands = _operands(problem)
+    calls: dict[Choice | None, Callable[[], Any]] = {}
+    failed = []
+    for choice in (None, *tuning.candidates(problem)):
+        run = _program(problem, {} if choice is None else {problem: choice})
+        try:
+            jax.block_until_ready(run(*operands))
+        except Exception as error:  # a block that a compiler refuses is no candidate
+            if choice is None:
+                raise
+            failed.append((choice, str(error).splitlines()[0][:200]))
+        else:
+            calls[choice] = functools.partial(run, *operands)
+    named = {str(choice): call for choice, call in calls.items()}
+    times = interleaved(named, rounds=rounds)
+    seconds = {choice: times[str(choice)] for choice in calls}
+    of_rule = seconds.pop(None)
+    best = min((choice for choice in seconds if choice is not None), key=lambda c: seconds[c])
+    if seconds[best] <= (1 - GAIN) * of_rule:
+        two = {"rule": calls[None], "best": calls[best]}
+        again = interleaved(two, rounds=2 * rounds, warm=True)
+        of_rule, seconds[best] = again["rule"], again["best"]
+    kept = seconds[best] <= (1 - GAIN) * of_rule
+    with tuning.using({}):
+        rule = choose("auto", problem)
+    return Tuned(
+        problem=problem,
+        choice=best if kept else rule,
+        seconds_rule=of_rule,
+        seconds=seconds[best] if kept else of_rule,
+        tried=len(seconds),
+        failed=tuple(failed),
+    )
+
+
+def _program(problem: Problem, choices: dict[Problem, Choice]) -> Callable[..., Array]:
+    def run(x: Array, x_scale: Array, q: Array, w_scale: Array) -> Array:
+        with tuning.using(choices):
+            if problem.codes:
+                return quant_matmul(x, x_scale, None, q, w_scale, None, fmt=problem.fmt)
+            return weight_matmul(x, q, w_scale, None, fmt=problem.fmt)
+
+    return jax.jit(run)
+
+
+def _operands(problem: Problem) -> tuple[Array, Array, Array, Array]:
+    """Random codes, and scales of 1."""
+    rows, size, columns, groups, fmt, dtype = problem
+    rng = np.random.default_rng(0)
+    if problem.codes:
+        x = jnp.asarray(rng.integers(-128, 128, (rows, size)), jnp.int8)
+    else:
+        x = jnp.asarray(rng.standard_normal((rows, size), np.float32)).astype(dtype)
+    low, high = -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1)
+    codes = jnp.asarray(rng.integers(low, high, (size, columns)), jnp.int8)
+    if fmt.packed:
+        codes = pack(codes, bits=fmt.bits)
+    elif fmt.bits <= 4:
+        codes = codes.astype(jnp.int4)
+    return x, jnp.ones((rows, 1)), codes, jnp.ones((groups, columns))

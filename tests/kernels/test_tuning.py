@@ -1,0 +1,121 @@
+"""Choices that were measured: kept, found again on the same machine, and used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.kernels import quant_matmul_xla, tuning
+from qjax.kernels.packing import Format, block_size
+from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
+from qjax.kernels.target import target
+from qjax.kernels.tuning import Choice, Problem
+
+
+def problem(rows=64, size=256, columns=96, groups=1, bits=4, dtype=jnp.int8):
+    fmt = Format(bits=8) if bits == 8 else Format(bits, block_size(size, bits), packed=True)
+    return Problem(rows, size, columns, groups, fmt, dtype)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QJAX_CACHE", str(tmp_path))
+    return tmp_path / "tuning.json"
+
+
+def test_without_a_file_rules_decide(cache):
+    assert tuning.path() == cache
+    assert tuning.choice(problem()) is None
+    assert choose("auto", problem()) == Choice("xla")
+
+
+def test_what_is_kept_is_chosen_on_this_machine_alone(cache):
+    tuning.keep({problem(): Choice("xla", (32,))})
+    tuning.keep({problem(rows=65): Choice("xla")})
+    assert choose("auto", problem()) == Choice("xla", (32,))
+    assert choose("auto", problem(rows=65)) == Choice("xla")
+    assert tuning.choice(problem(rows=66)) is None
+    assert choose("xla", problem()) == Choice("xla")  # named, so by its rule
+    with target("gpu", "NVIDIA H200"):
+        assert tuning.choice(problem()) is None
+
+
+def test_a_choice_that_cannot_run_gives_way_to_the_rules(cache):
+    with target("gpu", "Tesla T4"):
+        tuning.keep({problem(): Choice("hopper", (64, 96, 128, 4))})
+        assert tuning.choice(problem()) == Choice("hopper", (64, 96, 128, 4))
+        assert choose("auto", problem()) == Choice("xla")
+
+
+def test_what_is_preferred_goes_before_what_was_measured(cache):
+    with target("tpu", "TPU v5 lite"):
+        tuning.keep({problem(): Choice("tpu", (64, 128, 256))})
+        assert choose("auto", problem()) == Choice("tpu", (64, 128, 256))
+        with prefer("xla"):
+            assert choose("auto", problem()) == Choice("xla")
+
+
+def test_a_file_that_is_no_json_says_what_to_do(cache):
+    cache.write_text("{")
+    with pytest.raises(ValueError, match="Delete it, and tune again"):
+        tuning.choice(problem())
+
+
+def test_programs_say_what_they_multiply():
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    ones = shape(jnp.float32, 64, 1), shape(jnp.float32, 1, 96)
+    fmt, stored = problem().fmt, shape(jnp.uint8, 128, 96)
+    with tuning.recording() as found:
+        run = lambda p, xs, q, ws: quant_matmul(p, xs, None, q, ws, None, fmt=fmt)
+        jax.eval_shape(run, shape(jnp.int8, 64, 256), ones[0], stored, ones[1])
+        floats = lambda x, q, ws: weight_matmul(x, q, ws, None, fmt=fmt)
+        jax.eval_shape(floats, shape(jnp.bfloat16, 64, 256), stored, ones[1])
+    assert found == [problem(), problem(dtype=jnp.bfloat16)]
+    assert [one.name() for one in found] == [
+        "int8 64x256x96, 1 groups, 4 bits packed by 256, 0 padded",
+        "bfloat16 64x256x96, 1 groups, 4 bits packed by 256, 0 padded",
+    ]
+
+
+def test_columns_are_computed_in_the_pieces_that_were_chosen(monkeypatch):
+    """With the same integers, whatever the pieces."""
+    seen = []
+    in_pieces = quant_matmul_xla._in_pieces
+
+    def spy(compute, weight, rows, piece, dtype):
+        seen.append(piece)
+        return in_pieces(compute, weight, rows, piece, dtype)
+
+    monkeypatch.setattr(quant_matmul_xla, "_in_pieces", spy)
+    rng = np.random.default_rng(0)
+    p = rng.integers(-128, 128, (64, 256)).astype(np.int8)
+    q = rng.integers(0, 256, (128, 96)).astype(np.uint8)
+    results = []
+    for piece in (32, 64, 96):
+        with tuning.using({problem(): Choice("xla", (piece,))}):
+            run = lambda p, q: quant_matmul(
+                p, jnp.ones((64, 1)), None, q, jnp.ones((1, 96)), None, fmt=problem().fmt
+            )
+            results.append(jax.jit(run)(p, q))
+    assert seen == [32, 64, 96]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [
+        (("cpu", "cpu"), {"xla"}),
+        (("tpu", "TPU v5 lite"), {"xla", "tpu"}),
+        (("gpu", "NVIDIA H200"), {"xla", "hopper"}),
+        (("gpu", "Tesla T4"), {"xla"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+def test_candidates_are_those_of_the_device_and_each_once(device, names, dtype):
+    with target(*device):
+        found = tuning.candidates(problem(size=1024, columns=256, dtype=dtype))
+    assert {one.implementation for one in found} == names
+    assert len(set(found)) == len(found) and found[0] == Choice("xla")
+    if len(names) > 1 or device[0] == "cpu":
+        assert any(one.blocks is not None for one in found)
