@@ -37,6 +37,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import tempfile
 import time
 from collections import ChainMap
 from pathlib import Path
@@ -174,14 +175,18 @@ def with_outliers(pipe: qjax.Pipeline, factor: float) -> qjax.Pipeline:
     return pipe.replace(params=with_leaves(pipe.params, changed))
 
 
-def searched(out: Path) -> float:
-    """Seconds that a search took, from its log: of all processes, if it was killed and resumed."""
-    total = 0.0
+def searched(out: Path) -> tuple[dict, float]:
+    """What won a search, and its seconds in all processes if it was resumed, from its log."""
+    total, winner = 0.0, {}
     for log in out.rglob("log.jsonl"):
-        clock = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        clock = [0.0, *(event["seconds"] for event in events)]
         # A new process begins at 0 again.
-        total += sum(b - a if b >= a else b for a, b in itertools.pairwise([0.0, *clock]))
-    return round(total, 1)
+        total += sum(b - a if b >= a else b for a, b in itertools.pairwise(clock))
+        for event in events:
+            if event["event"] == "winner":
+                winner = {k: v for k, v in event.items() if k not in ("event", "seconds")}
+    return winner, round(total, 1)
 
 
 def markdown(known: Rows) -> str:
@@ -305,22 +310,19 @@ def main() -> None:
                 config = quant(row, bits, act_bits, args.group)
                 recipe = Recipe(quant=config, stages=stages(row, args), name=row)
                 out = None
-                if args.work is not None and "search" in row:
-                    out = (
-                        args.work / f"w{bits}a{act_bits}-{args.outliers:g}-{recipe.digest()}-{seed}"
-                    )
-                events: list = []
+                if "search" in row:
+                    work = args.work or Path(tempfile.mkdtemp(prefix="search-"))
+                    out = work / f"w{bits}a{act_bits}-{args.outliers:g}-{recipe.digest()}-{seed}"
                 start = time.perf_counter()
-                made = run(pipe, recipe, seed=seed, out=out, on_event=events.append)
+                made = run(pipe, recipe, seed=seed, out=out)
                 seconds = time.perf_counter() - start
                 if row.endswith("samples"):
                     latents = judged.draw_with_ranges_of_samples(made)
                 else:
                     latents = judged.draw(made)
-                found = [e for e in events if e["event"] == "winner"]
-                won = {k: v for e in found for k, v in e.items() if k not in ("event", "seconds")}
-                if out is not None:
-                    won["search_seconds"] = searched(out)
+                won = {}
+                if "search" in row:
+                    won, seconds = searched(out)
                 result = {
                     **what,
                     **judged(latents),
