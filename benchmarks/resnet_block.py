@@ -18,8 +18,16 @@ from _timing import interleaved, table, write
 import qjax
 from qjax.models.resnet import ResnetBlock
 
-# Side of the image, input and output channels: down blocks, and the first of the up blocks.
-BLOCKS = ((64, 320, 320), (32, 320, 640), (32, 640, 640), (16, 1280, 1280), (16, 2560, 1280))
+# Side of the image, input and output channels: down blocks, the first of the up blocks, and 320
+# channels at 32x32, which is none of them.
+BLOCKS = (
+    (64, 320, 320),
+    (32, 320, 320),
+    (32, 320, 640),
+    (32, 640, 640),
+    (16, 1280, 1280),
+    (16, 2560, 1280),
+)
 BATCH, TIME = 2, 1280
 
 

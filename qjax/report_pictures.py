@@ -9,6 +9,7 @@ equal colours mean equal errors.
 import base64
 import io
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -121,16 +122,19 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _lines(text: str, *, width: int, font: ImageFont.FreeTypeFont, most: int) -> list[str]:
-    """The text in at most `most` lines of at most `width` pixels; what is cut ends in `…`."""
+    """The text in at most `most` lines of at most `width` pixels; what is cut ends in `…`.
+
+    Lines end at spaces and after underscores.
+    """
     lines: list[str] = []
-    words = text.split()
+    words = [word for word in re.findall(r"\s*[^\s_]*_*", text) if word]
     while words and len(lines) < most:
         count = len(words)
-        while count > 1 and font.getlength(" ".join(words[:count])) > width:
+        while count > 1 and font.getlength("".join(words[:count]).strip()) > width:
             count -= 1
         if len(lines) == most - 1:  # what is left goes on the last line, cut below
             count = len(words)
-        lines.append(" ".join(words[:count]))
+        lines.append("".join(words[:count]).strip())
         words = words[count:]
     return [_cut(line, width=width, font=font) for line in lines]
 

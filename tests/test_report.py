@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from qjax import report_pictures
 from qjax import report_words as words
 from qjax.core import metrics
 from qjax.report import (
@@ -565,3 +566,13 @@ def test_log_ticks_lie_between_the_ends_and_are_few(low, high):
 def test_step_ticks_start_at_one_and_end_at_the_last(steps):
     ticks = _step_ticks(steps)
     assert ticks[0] == 1 and ticks[-1] == steps and len(ticks) <= 8
+
+
+def test_names_of_recipes_go_on_several_lines():
+    font = report_pictures._font(12)
+    width, name = font.getlength("ptqd_w4a8_"), "q_dit_s2p_ptqd_w4a8"
+    lines = report_pictures._lines(f"error of {name}", width=width, font=font, most=3)
+    assert lines[-1] == "ptqd_w4a8" and all(font.getlength(line) <= width for line in lines)
+    assert "".join(lines) == f"error of {name}"
+    (line,) = report_pictures._lines(name, width=width, font=font, most=1)
+    assert line.endswith("…") and font.getlength(line) <= width
