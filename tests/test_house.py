@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -347,3 +348,19 @@ def test_the_version_is_written_in_one_place():
     written = [name for name, path in MODULES.items() if "__version__ =" in path.read_text()]
     assert written == ["qjax._version"]
     assert qjax.__version__ == importlib.metadata.version(PYPROJECT["project"]["name"])
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path):
+    """`python scripts/measured_tables.py` writes them; a result file that changes shows."""
+    check = [sys.executable, str(REPOSITORY / "scripts" / "measured_tables.py"), "--check"]
+    subprocess.run(check, check=True)
+    copy = tmp_path / "repository"
+    for folder in ("scripts", "benchmarks/results"):
+        shutil.copytree(REPOSITORY / folder, copy / folder)
+    readme = README
+    (copy / "README.md").write_text(readme.replace("| Stable Diffusion v1-4 | 1719", "| no | 1"))
+    check[1] = str(copy / "scripts" / "measured_tables.py")
+    done = subprocess.run(check, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and "not those of benchmarks/results" in done.stderr
+    subprocess.run(check[:2], check=True)
+    assert (copy / "README.md").read_text() == readme
