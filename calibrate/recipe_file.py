@@ -28,6 +28,7 @@ import numpy as np
 from qjax.calibrate.fitted import KERNEL
 from qjax.calibrate.genome_space import entries_of, grouped_config
 from qjax.core.config import QuantConfig
+from qjax.core.plain_yaml import read_yaml
 from qjax.core.plan import kernel_axes, name_some
 from qjax.core.safetensors_io import atomic_write
 from qjax.core.serialize import flatten
@@ -218,7 +219,7 @@ def _parsed(path: Path, raw: bytes) -> dict[Any, Any]:
     try:
         text = raw.decode()
         if path.suffix in (".yaml", ".yml"):
-            data = _plain_yaml(path, text)
+            data = read_yaml(path, text)
         else:
             data = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -226,18 +227,6 @@ def _parsed(path: Path, raw: bytes) -> dict[Any, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping; got {type(data).__name__}.")
     return data
-
-
-def _plain_yaml(path: Path, text: str) -> Any:
-    """YAML without references, by which a small file could stand for an enormous one."""
-    import yaml
-
-    try:
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError(f"{path} has references (*name), which a recipe file never has.")
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}.") from None
 
 
 def _digest(data: Any) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from qjax.core.plain_yaml import read_yaml
+
 QUANT = "quant"
 _OVERRIDE = re.compile(r"[A-Za-z][\w.-]*=")
 
@@ -251,10 +253,7 @@ def _read_file(
         return {}
     if not config.is_file():
         raise FileNotFoundError(f"There is no config file {config}.")
-    try:
-        data = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not YAML: {_one_line(error)}.") from None
+    data = read_yaml(config, config.read_bytes())
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from qjax.core.plain_yaml import read_yaml
+
 BITS = (2, 3, 4, 5, 6, 8)
 
 WeightGranularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -210,10 +212,13 @@ class QuantConfig:
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> "QuantConfig":
-        """Read what `to_yaml` wrote, or a file written by hand."""
-        import yaml
+        """Read what `to_yaml` wrote, or a file written by hand.
 
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        Raises:
+          FileNotFoundError: If there is none.
+          ValueError: If it is no YAML, or says what `from_dict` refuses.
+        """
+        data = read_yaml(path, Path(path).read_bytes())
         if not isinstance(data, dict):
             raise ValueError(f"{path} must hold a mapping; got {type(data).__name__}.")
         return cls.from_dict(data)
@@ -244,7 +249,7 @@ def _from_dict(cls: type, data: Mapping[str, Any]) -> Any:
     required = {
         field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
     }
-    if unknown := sorted(data.keys() - names):
+    if unknown := sorted(map(str, data.keys() - names)):
         raise ValueError(
             f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(names))}."
         )
