@@ -54,6 +54,7 @@ class Window(NamedTuple):
 
     @property
     def taps(self) -> int:
+        """How many there are."""
         return self.height * self.width
 
     def below(self, tap: Any) -> Any:
