@@ -13,7 +13,6 @@ share weights and program.
 | late low | 8 in the first half, 4 in the second |
 | chosen, last | of 4, 6 and 8, by the error that each step alone brings into the last samples |
 | chosen, next | by the noise that it brings into the next sample |
-| chosen of 4 widths, last | as "chosen, last", of 4, 5, 6 and 8 |
 
 Latent error is the relative L2 distance of the last latents to those of the float model, from
 noise that nothing was fitted on. Rows in the result file are kept. Writes
@@ -55,7 +54,6 @@ def schedules(steps: int) -> dict[str, dict]:
         "late low": {"bits": (*(8,) * half, 4)},
         "chosen, last": {"mean_bits": 6.0},
         "chosen, next": {"mean_bits": 6.0, "cost": "next"},
-        "chosen of 4 widths, last": {"mean_bits": 6.0, "choices": (4, 5, 6, 8)},
     }
 
 
@@ -149,7 +147,7 @@ def measure(pipe: qjax.Pipeline, eta: float, known: Rows, args: argparse.Namespa
             pipe, args.images, args.steps, guidance_scale=GUIDANCE, seed=EVALUATION_SEED, eta=eta
         )
         choices = CHOICES if "mean_bits" in settings else tuple(set(settings["bits"]))
-        bits = StepBits(**(shared | {"choices": choices} | settings))
+        bits = StepBits(**(shared | settings | {"choices": choices}))
         recipe = Recipe(quant=quant(WEIGHT_BITS, 8), stages=(ranges, bits), name=row)
         events = []
         start = time.perf_counter()

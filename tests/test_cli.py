@@ -401,6 +401,7 @@ def test_labels_repeat_until_there_are_enough_pictures_and_seeds_differ(run, tmp
     assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "b.png")).any()
 
 
+@pytest.mark.slow
 def test_loras_change_the_pictures_by_their_scales(run, tmp_path):
     layer, rng = "proj_out_2", np.random.default_rng(0)
     o, i = lora_tables(qjax.load(MODEL))["transformer"][f"{layer}.weight"].shape

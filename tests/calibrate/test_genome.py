@@ -386,6 +386,7 @@ np.testing.assert_array_equal(alone, together)
 """
 
 
+@pytest.mark.slow
 def test_several_devices_draw_what_one_draws_candidate_by_candidate():
     flags = {
         "JAX_PLATFORMS": "cpu",

@@ -214,6 +214,7 @@ def test_alike_blocks_compile_once_and_give_the_same_together(dit_fixed):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_row_of_a_step_has_no_gradient_where_the_batch_has_no_such_step(dit_fixed):
     block = dit_fixed.groups[0][0]
     problem = dit_fixed.problem(block, dit_fixed.data(0, 0))

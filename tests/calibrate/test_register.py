@@ -135,6 +135,7 @@ def test_registers_that_cannot_be_filled_are_refused(online):
         SerialParallelSettings(schedule="serial")
 
 
+@pytest.mark.slow
 def test_fitting_online_lowers_the_error_of_new_samples(dit, student):
     def made(**changes):
         stage = SerialParallel(**SETTINGS | changes)

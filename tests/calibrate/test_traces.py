@@ -54,6 +54,7 @@ def fixed(dit, quantize):
     return AfterRollOut(dit, quantize(dit, bits=3))
 
 
+@pytest.mark.slow
 def test_the_error_of_step_0_rises_after_its_turn_and_does_not_with_shuffled_steps(fixed):
     teeth, last = {}, {}
     for order in ("serial", "shuffled"):

@@ -215,6 +215,7 @@ def test_an_image_does_not_depend_on_its_neighbours(pipe, key):
     np.testing.assert_allclose(both[1], second[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @only_sdxl
 def test_sizes_of_a_bucket_share_a_program(pipe, key):
     shapes = []
