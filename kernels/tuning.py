@@ -23,9 +23,11 @@ import jax.numpy as jnp
 
 from qjax.kernels import quant_matmul_hopper, tiles_tpu, weight_matmul_hopper
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul_xla import PIECE_STEP
+from qjax.kernels.quant_matmul_xla import PIECE_VALUES, SMALL_VALUES
 from qjax.kernels.target import current_target
 
+# Goes up whenever blocks or rules change: what was measured before holds no more.
+RULES = 1
 PIECES = (2048, 1024, 768, 512, 384, 256, 128, 64)
 TPU_ROWS, TPU_COLUMNS = (128, 256, 512, 1024), (128, 256, 512, 1024)
 
@@ -77,7 +79,9 @@ def path() -> Path:
     own = os.environ.get("QJAX_CACHE")
     if own:
         return Path(own) / "tuning.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax" / "tuning.json"
+    # Not Path.home(), which raises where a container's user has none.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "qjax" / "tuning.json"
 
 
 def machine() -> str:
@@ -85,7 +89,7 @@ def machine() -> str:
     platform, kind = current_target()
     if platform == "cpu":
         kind = f"{_processor()}, {os.cpu_count()} cores"
-    return f"{kind}, jax {jax.__version__}"
+    return f"{kind}, jax {jax.__version__}, rules {RULES}"
 
 
 @functools.cache
@@ -135,7 +139,7 @@ def using(instead: Mapping[Problem, Choice]) -> Iterator[None]:
         _INSTEAD.reset(token)
 
 
-_read: tuple[tuple[str, int] | None, dict[str, Any]] = (None, {})
+_read: tuple[tuple[str, int, int] | None, dict[str, Any]] = (None, {})
 
 
 def choice(problem: Problem) -> Choice | None:
@@ -146,15 +150,18 @@ def choice(problem: Problem) -> Choice | None:
     if not isinstance(problem.rows, int):
         return None
     found = choices().get(problem.name())
-    if found is None:
+    if not isinstance(found, dict):
         return None
-    blocks = found["blocks"]
-    return Choice(found["implementation"], None if blocks is None else tuple(blocks))
+    blocks = found.get("blocks")
+    kept = Choice(found.get("implementation", ""), tuple(blocks) if blocks else None)
+    # Blocks that somebody wrote by hand could leave out a part of the result.
+    return kept if kept in candidates(problem) else None
 
 
 def choices() -> dict[str, Any]:
     """The file's choices for this machine, by the names of problems."""
-    return _file().get(machine(), {})
+    found = _file().get(machine(), {})
+    return found if isinstance(found, dict) else {}
 
 
 def keep(measured: Mapping[Problem, Choice]) -> Path:
@@ -162,47 +169,72 @@ def keep(measured: Mapping[Problem, Choice]) -> Path:
     file, known = path(), dict(_file())
     mine = {problem.name(): one._asdict() for problem, one in measured.items()}
     known[machine()] = choices() | mine
-    file.parent.mkdir(parents=True, exist_ok=True)
+    check_writable()
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
         json.dump(known, new, indent=1, sort_keys=True)
+    os.chmod(new.name, 0o644)  # temporary files are their owner's alone
     os.replace(new.name, file)
     return file
 
 
+def check_writable() -> None:
+    """Raises `OSError` if `keep` could not write: to be known before an hour of measuring."""
+    path().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path().parent):
+        pass
+
+
 def _file() -> dict[str, Any]:
-    """The file's contents, read again where it has changed."""
+    """The file's contents, read again where it has changed; nothing if it cannot be read.
+
+    Raises:
+      ValueError: If it can be read and is not what `keep` writes.
+    """
     global _read
     file = path()
     try:
-        version = (str(file), file.stat().st_mtime_ns)
+        status = file.stat()
+        version = (str(file), status.st_mtime_ns, status.st_ino)
+        if _read[0] == version:
+            return _read[1]
+        found = json.loads(file.read_text())
     except OSError:
         return {}
-    if _read[0] != version:
-        try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{file} must be the JSON that `qjax tune` writes: {error}. Delete it, and tune again."
-            ) from None
-        _read = (version, found)
-    return _read[1]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} must be the JSON that `qjax tune` writes: {error}. Delete it, and tune again."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{file} must hold a mapping, as `qjax tune` writes it; got {type(found).__name__}. "
+            "Delete it, and tune again."
+        )
+    _read = (version, found)
+    return found
 
 
 def candidates(problem: Problem) -> list[Choice]:
-    """Everything worth a try on the device that programs are traced for, the rule's own first."""
+    """Everything worth a try on the device that programs are traced for, XLA by its rule first.
+
+    On a CPU no piece of weights that are unpacked is larger than twice the rule's, but for small
+    ones: without the loop over pieces a model would hold all its weights unpacked at once.
+    """
     found = [Choice("xla")]
     platform, kind = current_target()
     rows, size, columns, groups, fmt, _ = problem
     if platform == "cpu":
         wider = fmt.widens or groups > 1 or not problem.codes
-        pieces = [columns, *(n for n in PIECES if n < columns and n % PIECE_STEP == 0)]
+        pieces = [columns, *(n for n in PIECES if n < columns)]
+        if wider and size * columns > SMALL_VALUES:
+            pieces = [n for n in pieces if n < columns and n * size <= 2 * PIECE_VALUES]
         found += [Choice("xla", (piece,)) for piece in pieces if wider or rows * columns > 2**18]
     if platform == "tpu" and tiles_tpu.why_not(size, groups, fmt) is None:
         itemsize = jnp.dtype(problem.dtype).itemsize
         own = tiles_tpu.choose_blocks(
             rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize
         )
-        assert own is not None  # what `why_not` says
+        if own is None:
+            return found
         found.append(Choice("tpu"))
         for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
             for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
@@ -225,6 +257,6 @@ def _for_hopper(problem: Problem, kind: str) -> list[Choice]:
     if quant_matmul_hopper.why_not(size, columns, groups, kind) is not None:
         return []
     group = size // groups if groups > 1 else None
-    tiles = quant_matmul_hopper.tiles(rows, size, columns, group=group, itemsize=2)
-    own = quant_matmul_hopper.choose_tile(rows, size, columns, group=group, itemsize=2)
+    tiles = quant_matmul_hopper.tiles(rows, size, columns, group=group, itemsize=4)
+    own = quant_matmul_hopper.choose_tile(rows, size, columns, group=group, itemsize=4)
     return [Choice("hopper"), *(Choice("hopper", tuple(t)) for t in tiles if t != own)]

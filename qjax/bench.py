@@ -96,7 +96,7 @@ class LayerTime:
             operations=self.operations,
             moved=moved,
             seconds=seconds,
-            int8="int8" in self.ran or "pallas" in self.ran,
+            int8="int8" in self.ran,
         )
 
     @property
@@ -298,8 +298,8 @@ def what_runs(call: LayerCall, kernel: Any, x: Array) -> str:
     found: dict[str, int] = {}
     for equation in _equations(jax.make_jaxpr(call.run)(x, kernel).jaxpr):
         name = equation.primitive.name
-        if name == "pallas_call":
-            return "pallas kernel"
+        if name in ("pallas_call", "mpmd_map", "core_map"):  # the last two of GPUs
+            return f"pallas kernel, {'float' if kernel.act is None else 'int8'}"
         if name in ("dot_general", "conv_general_dilated"):
             whole = all(v.aval.dtype == jnp.int8 for v in equation.invars)
             key = f"{'int8' if whole else 'float'} {'matmul' if name[0] == 'd' else 'convolution'}"

@@ -105,6 +105,7 @@ def _float_and_low_bit(settings: SimpleNamespace, output: Output) -> tuple[Pipel
 
 def run_tune(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Measures every low-bit matmul's candidates, and keeps the fastest for later programs."""
+    tuning.check_writable()
     _, quantized, name = _float_and_low_bit(settings, output)
     # With guidance the network is called with twice as many.
     wanted = matmuls(quantized, settings.batch) + matmuls(quantized, 2 * settings.batch)

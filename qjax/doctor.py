@@ -200,7 +200,10 @@ def _kernels() -> Finding:
         text = f"Low-bit matmuls run by XLA: the Pallas kernels need a Hopper GPU, got {kind}."
     else:
         text = "Low-bit matmuls run by XLA, int8 where activations are quantized."
-    found = len(tuning.choices())
+    try:
+        found = len(tuning.choices())
+    except ValueError as error:
+        return Finding(about="kernels", grade="wrong", text=str(error))
     measured = (
         f"{found} measured choices in {tuning.path()}" if found else "no measured choices yet"
     )
@@ -226,6 +229,10 @@ def _try(about: str, run: Callable[[], jax.Array], exact: np.ndarray) -> Finding
         answer = np.asarray(run())
     except NotImplementedError as error:
         return Finding(about=about, grade="note", text=f"Not here: {error}")
+    # Whatever a compiler says, the other findings are wanted too.
+    except Exception as error:  # noqa: BLE001
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return Finding(about=about, grade="wrong", text=f"Fails here: {said}; please report it.")
     if np.array_equal(answer, exact.astype(answer.dtype)):
         return Finding(about=about, grade="ok", text="Runs here and is exact on a small case.")
     worst = np.abs(answer.astype(np.float64) - exact).max()

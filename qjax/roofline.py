@@ -36,16 +36,19 @@ def _published(float_tera: float, int8_tera: float, bandwidth_tera: float) -> Pe
     return Peak(float_tera * 1e12, int8_tera * 1e12, bandwidth_tera * 1e12, "published")
 
 
-# By a part of the device's kind; the first that fits. Google Cloud's pages of TPU versions,
+# By words of the device's kind, all of which must be there; the first that fits. Google Cloud's pages of TPU versions,
 # NVIDIA's data sheets (SXM where there are several). A v4 has no faster int8.
 PEAKS = {
-    "TPU v6": _published(918, 1836, 1.64),
+    "TPU v6 lite": _published(918, 1836, 1.64),
+    "TPU v6e": _published(918, 1836, 1.64),
     "TPU v5 lite": _published(197, 394, 0.82),
     "TPU v5e": _published(197, 394, 0.82),
+    "TPU v5p": _published(459, 918, 2.77),
     "TPU v5": _published(459, 918, 2.77),
     "TPU v4": _published(275, 275, 1.23),
     "H200": _published(989, 1979, 4.8),
     "H100": _published(989, 1979, 3.35),
+    "A100 40GB": _published(312, 624, 1.56),
     "A100": _published(312, 624, 2.04),
     "L40S": _published(362, 733, 0.86),
     "L4": _published(121, 242, 0.3),
@@ -61,7 +64,8 @@ def peak() -> Peak | None:
     platform, kind = current_target()
     if platform == "cpu":
         return _measured()
-    return next((found for name, found in PEAKS.items() if name in kind), None)
+    words = set(kind.replace("-", " ").split())
+    return next((found for name, found in PEAKS.items() if set(name.split()) <= words), None)
 
 
 def _measured() -> Peak:

@@ -85,29 +85,40 @@ def tune(
 def _tune(problem: Problem, rounds: int) -> Tuned:
     operands = _operands(problem)
     calls: dict[Choice | None, Callable[[], Any]] = {}
+    wanted: np.ndarray = np.zeros(0)
     failed = []
     for choice in (None, *tuning.candidates(problem)):
-        run = _program(problem, {} if choice is None else {problem: choice})
+        choices = {} if choice is None else {problem: choice}
+        with tuning.using(choices):
+            if choice is not None and choose("auto", problem) != choice:
+                failed.append((choice, "it cannot run here"))
+                continue
+        run = _program(problem, choices)
         try:
-            jax.block_until_ready(run(*operands))
+            result = np.asarray(run(*operands), np.float32)
         except Exception as error:  # a block that a compiler refuses is no candidate
             if choice is None:
                 raise
             failed.append((choice, str(error).splitlines()[0][:200]))
+            continue
+        wanted = result if choice is None else wanted
+        if choice is not None and not _same(result, wanted, problem):
+            failed.append((choice, "its result is WRONG; please report it"))
         else:
             calls[choice] = functools.partial(run, *operands)
     named = {str(choice): call for choice, call in calls.items()}
     times = interleaved(named, rounds=rounds)
     seconds = {choice: times[str(choice)] for choice in calls}
     of_rule = seconds.pop(None)
-    best = min((choice for choice in seconds if choice is not None), key=lambda c: seconds[c])
-    if seconds[best] <= (1 - GAIN) * of_rule:
+    with tuning.using({}):
+        best = rule = choose("auto", problem)
+    if seconds:
+        best = min((one for one in seconds if one is not None), key=lambda one: seconds[one])
+    if seconds.get(best, of_rule) <= (1 - GAIN) * of_rule:
         two = {"rule": calls[None], "best": calls[best]}
         again = interleaved(two, rounds=2 * rounds, warm=True)
         of_rule, seconds[best] = again["rule"], again["best"]
-    kept = seconds[best] <= (1 - GAIN) * of_rule
-    with tuning.using({}):
-        rule = choose("auto", problem)
+    kept = seconds.get(best, of_rule) <= (1 - GAIN) * of_rule
     return Tuned(
         problem=problem,
         choice=best if kept else rule,
@@ -116,6 +127,14 @@ def _tune(problem: Problem, rounds: int) -> Tuned:
         tried=len(seconds),
         failed=tuple(failed),
     )
+
+
+def _same(result: np.ndarray, wanted: np.ndarray, problem: Problem) -> bool:
+    """Whether a candidate computes what the rules do: integers exactly, floats but for order."""
+    exact = problem.codes and problem.size * 2 ** (6 + problem.fmt.bits) < 2**24
+    size = np.abs(wanted).max(initial=0.0)
+    rounded = 1e-6 if problem.codes or problem.dtype == jnp.float32 else 2**-6
+    return bool(np.abs(result - wanted).max(initial=0.0) <= (0.0 if exact else rounded * size))
 
 
 def _program(problem: Problem, choices: dict[Problem, Choice]) -> Callable[..., Array]:

@@ -82,7 +82,17 @@ TOKENS = [
         '"\\ud800"',
     ),
     *('"dtype"', '"shape"', '"data_offsets"', '"__metadata__"', '"F32"', '"BF16"', '"U8"', '"F4"'),
-    *("../x", "/etc/passwd", "a: &a [*a]", "!!python/object:os.system", "\x00", "\ufeff", "é"),
+    *(
+        "../x",
+        "/etc/passwd",
+        "a: &a [*a]",
+        "!!python/object:os.system",
+        '!!int ""',
+        '!!bool "x"',
+        "\x00",
+        "\ufeff",
+        "é",
+    ),
 ]
 
 

@@ -26,6 +26,8 @@ def test_readers_refuse_broken_files_and_nothing_worse(tmp_path):
         ("a: &a [1]\nb: *a", "has references"),
         ("1: 2", "has no field 1"),
         ("[]", "must hold a mapping"),
+        ('weight: {bits: !!int ""}', "is not YAML"),
+        ("a: 2020-99-99", "config.yaml is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
     ],
 )

@@ -25,9 +25,15 @@ def test_a_known_accelerator_has_its_published_rate(platform, kind, int8):
     assert found.int8_operations == pytest.approx(int8) and found.source == "published"
 
 
-def test_an_unknown_accelerator_has_none():
-    with target("gpu", "Quux 1"):
+@pytest.mark.parametrize("kind", ["Quux 1", "NVIDIA L40", "NVIDIA T400 4GB", "NVIDIA GH200 480GB"])
+def test_an_unknown_accelerator_has_none(kind):
+    with target("gpu", kind):
         assert roofline.peak() is None
+
+
+def test_an_a100_of_40_gb_has_less_bandwidth():
+    with target("gpu", "NVIDIA A100-SXM4-40GB"):
+        assert roofline.peak().bytes == pytest.approx(1.56e12)
 
 
 def test_shares_are_one_at_the_device_s_limits():

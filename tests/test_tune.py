@@ -5,7 +5,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from qjax import tune
+import qjax
+from qjax import bench, tune
 from qjax.kernels import tuning
 from qjax.kernels.packing import Format
 from qjax.kernels.tuning import Choice, Problem
@@ -51,12 +52,33 @@ def test_what_is_not_clearly_faster_is_left_to_the_rule(pretended, first, again)
 
 def test_a_candidate_that_does_not_compile_is_reported(pretended, monkeypatch):
     pretended({})
-    monkeypatch.setattr(
-        tuning, "candidates", lambda _: [Choice("xla"), Choice("xla", ("no number",))]
-    )
+    bad = Choice("xla", ("no number",))
+    monkeypatch.setattr(tuning, "candidates", lambda _: [Choice("xla"), bad])
     (found,) = tune.tune([PROBLEM])
     ((choice, why),) = found.failed
     assert choice == Choice("xla", ("no number",)) and why
+
+
+def test_a_candidate_with_another_result_is_refused(pretended, monkeypatch):
+    pretended({})
+    program = tune._program
+
+    def wrong(problem, choices):
+        run = program(problem, choices)
+        return (lambda *args: run(*args) + 1) if choices else run
+
+    monkeypatch.setattr(tune, "_program", wrong)
+    (found,) = tune.tune([PROBLEM])
+    assert found.choice == Choice("xla") and found.tried == 0
+    assert len(found.failed) == len(tuning.candidates(PROBLEM))
+    assert {why for _, why in found.failed} == {"its result is WRONG; please report it"}
+
+
+def test_a_candidate_of_another_device_is_not_timed(pretended, monkeypatch):
+    pretended({})
+    monkeypatch.setattr(tuning, "candidates", lambda _: [Choice("xla"), Choice("tpu")])
+    (found,) = tune.tune([PROBLEM])
+    assert found.failed == ((Choice("tpu"), "it cannot run here"),)
 
 
 def test_the_command_keeps_what_it_finds_and_later_programs_use_it(run, monkeypatch, tmp_path):
@@ -68,4 +90,8 @@ def test_the_command_keeps_what_it_finds_and_later_programs_use_it(run, monkeypa
     assert set(kept[data["machine"]]) == {one["problem"] for one in data["matmuls"]}
     # 6 different layers, of one picture and, guided, of two.
     assert len(data["matmuls"]) == 12
+    for one in bench.matmuls(qjax.quantize(qjax.load("fashion-dit"), qjax.recipes.w4a8()), 1):
+        (found,) = (m for m in data["matmuls"] if m["problem"] == one.name())
+        blocks = found["blocks"] and tuple(found["blocks"])
+        assert tuning.choice(one) == Choice(found["implementation"], blocks)
     assert all(one["tried"] > 1 and one["seconds"] > 0 for one in data["matmuls"])

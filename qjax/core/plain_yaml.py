@@ -19,9 +19,13 @@ def read_yaml(path: Path | str, text: str | bytes) -> Any:
 
     try:
         text = text if isinstance(text, str) else text.decode()
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError(f"{path} has references (*name), which are not read. Write them out.")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        references = any(isinstance(event, yaml.AliasEvent) for event in events)
+        data = None if references else yaml.safe_load(text)
+    # A tag such as `!!int ""` is an IndexError of the library.
+    except Exception as error:  # noqa: BLE001
         said = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {said}.") from None
+    if references:
+        raise ValueError(f"{path} has references (*name), which are not read. Write them out.")
+    return data

@@ -1,5 +1,7 @@
 """Choices that were measured: kept, found again on the same machine, and used."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,33 +32,66 @@ def test_without_a_file_rules_decide(cache):
 
 
 def test_what_is_kept_is_chosen_on_this_machine_alone(cache):
-    tuning.keep({problem(): Choice("xla", (32,))})
-    tuning.keep({problem(rows=65): Choice("xla")})
-    assert choose("auto", problem()) == Choice("xla", (32,))
-    assert choose("auto", problem(rows=65)) == Choice("xla")
+    tuning.keep({problem(): Choice("xla", (64,))})
+    tuning.keep({problem(rows=65): Choice("xla", (96,))})
+    assert choose("auto", problem()) == Choice("xla", (64,))
+    assert choose("auto", problem(rows=65)) == Choice("xla", (96,))
     assert tuning.choice(problem(rows=66)) is None
     assert choose("xla", problem()) == Choice("xla")  # named, so by its rule
     with target("gpu", "NVIDIA H200"):
         assert tuning.choice(problem()) is None
 
 
-def test_a_choice_that_cannot_run_gives_way_to_the_rules(cache):
-    with target("gpu", "Tesla T4"):
-        tuning.keep({problem(): Choice("hopper", (64, 96, 128, 4))})
-        assert tuning.choice(problem()) == Choice("hopper", (64, 96, 128, 4))
-        assert choose("auto", problem()) == Choice("xla")
+@pytest.mark.parametrize(
+    "stored",
+    [
+        Choice("hopper", (64, 96, 128, 4)),  # not on this chip
+        Choice("cuda"),
+        Choice("xla", (0,)),
+        Choice("xla", ("64",)),
+        Choice("xla", (-32,)),
+    ],
+)
+def test_what_is_no_candidate_is_left_to_the_rules(cache, stored):
+    tuning.keep({problem(): stored})
+    assert choose("auto", problem()) == Choice("xla")
+
+
+@pytest.mark.parametrize("value", [[], None, {"xla": 1}, 3])
+def test_a_machine_or_a_choice_of_another_form_is_left_to_the_rules(cache, value):
+    cache.write_text(json.dumps({tuning.machine(): {problem().name(): value}}))
+    assert choose("auto", problem()) == Choice("xla")
+    cache.write_text(json.dumps({tuning.machine(): value}))
+    assert choose("auto", problem()) == Choice("xla")
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_none(cache):
+    cache.mkdir()
+    assert choose("auto", problem()) == Choice("xla")
+
+
+def test_what_is_kept_can_be_read_by_everybody(cache):
+    tuning.keep({problem(): Choice("xla", (64,))})
+    assert cache.stat().st_mode & 0o777 == 0o644
+
+
+def test_weights_are_unpacked_in_pieces_whatever_is_tuned():
+    big = problem(rows=16, size=1024, columns=1024)
+    for one in tuning.candidates(big):
+        assert one.blocks is None or one.blocks[0] * 1024 <= 2 * quant_matmul_xla.PIECE_VALUES
 
 
 def test_what_is_preferred_goes_before_what_was_measured(cache):
     with target("tpu", "TPU v5 lite"):
-        tuning.keep({problem(): Choice("tpu", (64, 128, 256))})
-        assert choose("auto", problem()) == Choice("tpu", (64, 128, 256))
+        tuning.keep({problem(columns=512): Choice("tpu", (64, 256, 256))})
+        assert choose("auto", problem(columns=512)) == Choice("tpu", (64, 256, 256))
         with prefer("xla"):
-            assert choose("auto", problem()) == Choice("xla")
+            assert choose("auto", problem(columns=512)) == Choice("xla")
 
 
-def test_a_file_that_is_no_json_says_what_to_do(cache):
-    cache.write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_a_file_that_is_no_json_says_what_to_do(cache, text):
+    cache.write_text(text)
     with pytest.raises(ValueError, match="Delete it, and tune again"):
         tuning.choice(problem())
 
