@@ -48,10 +48,10 @@ from qjax.core.typing import Array, Params, PRNGKeyArray
 from qjax.models.pipeline import Pipeline
 from qjax.models.sampling import draw_noise, image_keys
 
-_WITH_GRADIENT = 3.0
+WITH_GRADIENT = 3.0
 """Work of an evaluation with its gradient, in evaluations."""
 
-_NOTHING = "(?!)"
+NOTHING = "(?!)"
 """A regular expression that nothing holds."""
 
 
@@ -98,7 +98,7 @@ class Calibration:
             settings.finds_last_ranges
         )
         fits = 0 if settings.fits == "ranges" else settings.fit.iterations
-        self._total = rolls * self._roll_out_work + fits * settings.fit.batch * _WITH_GRADIENT
+        self._total = rolls * self._roll_out_work + fits * settings.fit.batch * WITH_GRADIENT
 
     @property
     def halves(self) -> int:
@@ -148,8 +148,8 @@ class Calibration:
 
     def roll_out(self, name: str, old: Buffer | None = None) -> Buffer:
         """The serial phase; ranges of all steps come of it."""
-        settings, student = self.settings, self.student
-        network = student.network(self.teacher, settings.ranges)
+        settings = self.settings
+        network = self.student.network(self.teacher, settings.ranges)
         driver = None
         if settings.samples == "float" or (settings.samples == "float_first" and old is None):
             free = Network(
@@ -162,24 +162,7 @@ class Calibration:
             driver = (free, self.teacher.params)
 
         def make() -> dict[str, Array]:
-            buffer = roll_out(
-                network,
-                student.params,
-                self.items,
-                self.rows,
-                group=self.group,
-                guidance_scale=self.scale,
-                batch=settings.batch,
-                driver=driver,
-                on_step=lambda i: self.work.log(
-                    "step",
-                    part=name,
-                    step=i,
-                    steps=self.calls,
-                    share=self._share(self._roll_out_work * i / self.calls),
-                ),
-            )
-            return pack_buffer(buffer)
+            return pack_buffer(self._roll_out(name, network, driver))
 
         if settings.fresh and old is not None:
             self.items = self._with_noise(name)
@@ -190,6 +173,26 @@ class Calibration:
             moved = [round(float(s), 4) for s in staleness(buffer, old)]
             self.work.log("staleness", part=name, by_step=moved)
         return buffer
+
+    def _roll_out(
+        self, name: str, network: Network, driver: tuple[Network, Params] | None
+    ) -> Buffer:
+        """The samples and ranges of a roll-out, on one device."""
+        return roll_out(
+            network,
+            self.student.params,
+            self.items,
+            self.rows,
+            group=self.group,
+            guidance_scale=self.scale,
+            batch=self.settings.batch,
+            driver=driver,
+            on_step=functools.partial(self._log_step, name),
+        )
+
+    def _log_step(self, name: str, done: int) -> None:
+        share = self._share(self._roll_out_work * done / self.calls)
+        self.work.log("step", part=name, step=done, steps=self.calls, share=share)
 
     def _with_noise(self, name: str) -> Items:
         """The items with noise that no other roll-out has."""
@@ -223,7 +226,7 @@ class Calibration:
         """The parallel phase, block after block in the order of execution."""
         blocks = self._blocks(samples)
         for number, (block, runner, data) in enumerate(blocks):
-            if _within_block(fit, block).only == _NOTHING and fit.act_rate == 0:
+            if within_block(fit, block).only == NOTHING and fit.act_rate == 0:
                 continue  # nothing of it is fitted
             name = f"refresh-{refresh}-block-{number}"
             self._fit(name, block, runner, data, refresh, number, fit, of=len(blocks))
@@ -331,7 +334,7 @@ class Calibration:
             def on_shift(done: int, fitted: Fitted, slots: list) -> None:
                 del fitted
                 if done % fit.chunk < settings.shift_every:
-                    work = self._evaluations(0, fit) * _WITH_GRADIENT * done / fit.iterations
+                    work = self._evaluations(0, fit) * WITH_GRADIENT * done / fit.iterations
                     self.work.log(
                         "fit",
                         block=names((block,)),
@@ -354,7 +357,7 @@ class Calibration:
             return pack_fitted(carry.fitted)
 
         self._accept(block, self.work.part("online-network", make))
-        self._done += self._evaluations(0, fit) * _WITH_GRADIENT
+        self._done += self._evaluations(0, fit) * WITH_GRADIENT
         shifts = -(-fit.iterations // settings.shift_every)
         self.forwards += self._evaluations(0, fit) + 2 * shifts * slots * each * self.halves
 
@@ -433,8 +436,8 @@ class Calibration:
         of: int = 1,
     ) -> None:
         """Fit a block, one `of` some, or read what an earlier run has fitted; take it over."""
-        fit = _within_block(fit, block)
-        cost = self._evaluations(refresh, fit) * _WITH_GRADIENT / of
+        fit = within_block(fit, block)
+        cost = self._evaluations(refresh, fit) * WITH_GRADIENT / of
 
         def make() -> dict[str, Array]:
             problem, begin, key = self._begin(block, runner, refresh, number, fit)
@@ -540,12 +543,12 @@ def _require_match(only: str, layers: Collection[str]) -> None:
         )
 
 
-def _within_block(fit: FitSettings, block: Block) -> FitSettings:
+def within_block(fit: FitSettings, block: Block) -> FitSettings:
     """The settings with `only` in terms of a block's own paths, which begin at the block."""
     if not fit.only or not block.path:
         return fit
     kept = [
         re.escape(layer) for layer in block.layers if re.search(fit.only, block.absolute(layer))
     ]
-    only = f"^({'|'.join(kept)})$" if kept else _NOTHING
+    only = f"^({'|'.join(kept)})$" if kept else NOTHING
     return dataclasses.replace(fit, only=only)

@@ -132,6 +132,94 @@ def pick(
     return jax.random.categorical(key, allowed, shape=(size,))
 
 
+def data_loss(
+    runner: Runner,
+    settings: FitSettings,
+    problem: Problem,
+    fitted: Fitted,
+    index: Int[Array, " b"],
+    key: PRNGKeyArray,
+) -> tuple[Array, Array]:
+    """What the items `index` say of the fit, and `E / E_0` of it."""
+    extra = jnp.float32(0)
+    if settings.distillation > 0 and runner.watched:
+        error, extra = distillation_error(runner, problem, fitted, index, key, drop=settings.drop)
+    else:
+        error = block_error(runner, problem, fitted, index, key, drop=settings.drop)
+    relative = error / problem.baseline
+    total = relative if settings.scaling == "relative" else error
+    return total + settings.distillation * extra, relative
+
+
+def rounding_term(settings: FitSettings, fitted: Fitted, number: Array) -> Array | None:
+    """What the roundings that are undecided cost; None where none are fitted."""
+    sizes = [v["v"].size for v in fitted.weights.values() if "v" in v]
+    if not sizes:
+        return None
+    beta, on = rounding.penalty_exponent(number, settings.iterations, warmup=settings.warmup)
+    penalty = sum(
+        rounding.rounding_penalty(leaf["v"], beta)
+        for leaf in fitted.weights.values()
+        if "v" in leaf
+    )
+    strength = settings.strength
+    if settings.scaling == "relative":
+        strength = strength / sum(sizes)
+    return strength * jnp.where(on, penalty, 0.0)
+
+
+def advance(
+    runner: Runner,
+    settings: FitSettings,
+    problem: Problem,
+    carry: Carry,
+    gradient: Fitted,
+    present: Bool[Array, " rows"],
+    number: Array,
+) -> Carry:
+    """The state after the update of iteration `number`.
+
+    Args:
+      runner: The block.
+      settings: How.
+      problem: Its arrays; of the data nothing is read.
+      carry: The state before.
+      gradient: Of the whole loss.
+      present: Rows of the ranges that the batch had.
+      number: Of the iteration.
+    """
+    update, weights_state = _optimizer(settings).update(
+        gradient.weights, carry.weights_state, carry.fitted.weights
+    )
+    # The cosine is of the number, not of Adam's count, which begins anew in every refresh.
+    fraction = number.astype(jnp.float32) / settings.iterations
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+    share = 0.1 + 0.9 * cosine
+    weights = {
+        path: jax.tree.map(
+            lambda w, u, rate=rate: w - share * rate * u,
+            carry.fitted.weights[path],
+            update[path],
+        )
+        for path, rate in _rates(runner, problem, settings, carry.rest).items()
+    }
+    acts, acts_state = carry.fitted.acts, carry.acts_state
+    if settings.act_rate > 0 and acts:
+        change, acts_state = adam_rows.update(
+            gradient.acts, acts_state, present, settings.act_rate * cosine
+        )
+        acts = adam_rows.apply(acts, change)
+    fitted, rest = Fitted(weights, acts), carry.rest
+    if rest is not None:
+        rest = jax.lax.cond(
+            number % FREEZE_EVERY == FREEZE_EVERY - 1,
+            lambda rest: _look(runner, problem, fitted, rest, settings.freeze),
+            lambda rest: rest,
+            rest,
+        )
+    return Carry(fitted, weights_state, acts_state, rest)
+
+
 def _chunk(
     runner: Runner,
     settings: FitSettings,
@@ -142,71 +230,20 @@ def _chunk(
     key: PRNGKeyArray,
 ) -> tuple[Carry, Array]:
     """`length` iterations from number `first`; the errors `E / E_0` come too."""
-    optimizer = _optimizer(settings)
     rows = carry.acts_state.updates.shape[0]
-    sizes = [v["v"].size for v in carry.fitted.weights.values() if "v" in v]
-    distilled = settings.distillation > 0 and bool(runner.watched)
     passed = runner.groups(problem.args, problem.group)
 
     def loss(fitted: Fitted, index: Array, key: PRNGKeyArray, number: Array):
-        extra = jnp.float32(0)
-        if distilled:
-            error, extra = distillation_error(
-                runner, problem, fitted, index, key, drop=settings.drop
-            )
-        else:
-            error = block_error(runner, problem, fitted, index, key, drop=settings.drop)
-        relative = error / problem.baseline
-        total = relative if settings.scaling == "relative" else error
-        total = total + settings.distillation * extra
-        if sizes:
-            beta, on = rounding.penalty_exponent(
-                number, settings.iterations, warmup=settings.warmup
-            )
-            penalty = sum(
-                rounding.rounding_penalty(leaf["v"], beta) for leaf in fitted.weights.values()
-            )
-            strength = settings.strength
-            if settings.scaling == "relative":
-                strength = strength / sum(sizes)
-            total = total + strength * jnp.where(on, penalty, 0.0)
-        return total, relative
+        total, relative = data_loss(runner, settings, problem, fitted, index, key)
+        penalty = rounding_term(settings, fitted, number)
+        return total if penalty is None else total + penalty, relative
 
     def step(carry: Carry, number: Array):
         index_key, drop_key = jax.random.split(jax.random.fold_in(key, number))
         index = pick(settings, problem.group, rows, number, index_key)
         gradient, relative = jax.grad(loss, has_aux=True)(carry.fitted, index, drop_key, number)
-        update, weights_state = optimizer.update(
-            gradient.weights, carry.weights_state, carry.fitted.weights
-        )
-        # The cosine is of the number, not of Adam's count, which begins anew in every refresh.
-        fraction = number.astype(jnp.float32) / settings.iterations
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * fraction))
-        share = 0.1 + 0.9 * cosine
-        weights = {
-            path: jax.tree.map(
-                lambda w, u, rate=rate: w - share * rate * u,
-                carry.fitted.weights[path],
-                update[path],
-            )
-            for path, rate in _rates(runner, problem, settings, carry.rest).items()
-        }
-        acts, acts_state = carry.fitted.acts, carry.acts_state
-        if settings.act_rate > 0 and acts:
-            present = jnp.zeros((rows,), bool).at[passed[index]].set(True)
-            change, acts_state = adam_rows.update(
-                gradient.acts, acts_state, present, settings.act_rate * cosine
-            )
-            acts = adam_rows.apply(acts, change)
-        fitted, rest = Fitted(weights, acts), carry.rest
-        if rest is not None:
-            rest = jax.lax.cond(
-                number % FREEZE_EVERY == FREEZE_EVERY - 1,
-                lambda rest: _look(runner, problem, fitted, rest, settings.freeze),
-                lambda rest: rest,
-                rest,
-            )
-        return Carry(fitted, weights_state, acts_state, rest), relative
+        present = jnp.zeros((rows,), bool).at[passed[index]].set(True)
+        return advance(runner, settings, problem, carry, gradient, present, number), relative
 
     return jax.lax.scan(step, carry, first + jnp.arange(length))
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from qjax.calibrate.pod import Pod
+from qjax.calibrate.preemption import preemptible
 from qjax.calibrate.programs import drop_programs
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
@@ -178,6 +180,7 @@ def run(
     seed: int = 0,
     on_stage: Callable[[int, int, str], None] | None = None,
     on_event: OnEvent | None = None,
+    pod: Pod | None = None,
 ) -> Pipeline:
     """Quantize `pipe` and run the recipe's stages; the same seed gives the same bits.
 
@@ -190,6 +193,9 @@ def run(
       on_stage: Progress: called with the stages done, all stages, and the next one's name.
       on_event: Progress within stages: called with every event of their logs, which with `out`
         are also in the `log.jsonl` of the folder of a stage's parts.
+      pod: Devices that stages with `shards` run on; what the other stages do every process does
+        for itself. All processes of a pod call this alike, and `out` is a folder that all of
+        them see. None: the default device.
 
     Returns:
       The quantized pipeline; with `out` it is also saved there, in `out/final`.
@@ -197,7 +203,23 @@ def run(
     Raises:
       ValueError: If `out` holds the stages of another recipe, seed or model, `pipe` could not
         be saved there, or a stage's settings do not suit it; before anything is computed.
+      Preempted: If the process is told to stop (SIGTERM); what is done is kept.
     """
+    with preemptible():
+        return _run(pipe, recipe, out, resume, seed, on_stage, on_event, pod)
+
+
+def _run(
+    pipe: Pipeline,
+    recipe: Recipe,
+    out: Path | str | None,
+    resume: bool,
+    seed: int,
+    on_stage: Callable[[int, int, str], None] | None,
+    on_event: OnEvent | None,
+    pod: Pod | None,
+) -> Pipeline:
+    writes = pod is None or pod.writes
     for stage in recipe.stages:
         check = getattr(stage, "check", None)
         if check is not None:
@@ -209,9 +231,10 @@ def run(
         _check_claim(folder, claim)
         done, student = _furthest(folder, recipe) if resume else (0, None)
         floats = _read_floats(folder, recipe, done - 1)
+        _wait(pod, "claimed")
     if student is None:
         student = quantize_pipeline(pipe, recipe)
-    if folder is not None:
+    if folder is not None and writes:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / RUN) as file:
             file.write((json.dumps(claim, indent=1) + "\n").encode())
@@ -224,11 +247,12 @@ def run(
         if on_stage is not None:
             on_stage(i, total, type(stage).__name__)
         parts = None if folder is None else folder / f"{_stage_folder(recipe, i)}-parts"
-        if parts is not None and not resume:
+        if parts is not None and not resume and writes:
             _remove_parts(parts)
+        _wait(pod, f"stage {i}")
         drop_programs()
-        state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event))
-        if folder is not None:
+        state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event, pod))
+        if folder is not None and writes:
             _write_floats(folder, recipe, i, state.floats)
             state.student.save(folder / _stage_folder(recipe, i))
             if i > 0:
@@ -236,9 +260,15 @@ def run(
             _remove_parts(parts)
     if on_stage is not None:
         on_stage(total, total, "done")
-    if folder is not None:
+    if folder is not None and writes:
         state.student.save(folder / "final")
+    _wait(pod, "done")
     return state.student
+
+
+def _wait(pod: Pod | None, name: str) -> None:
+    if pod is not None:
+        pod.wait(name)
 
 
 def _remove_parts(folder: Path | None) -> None:

@@ -9,7 +9,6 @@ What is kept are the samples of every step and not activations: those of the blo
 again when they are needed (`capture.py`).
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -81,8 +80,23 @@ class Buffer(NamedTuple):
     forwards: int
 
 
-@functools.partial(jax.jit, static_argnames=("network",))
-def _step(network, params, x_t, state, row, told, null, keys, step, prior, decay, scale):
+def one_step(network, params, x_t, state, row, told, null, keys, step, prior, decay, scale):
+    """Samples one step on, the sampler's state, and the ranges of what the layers were given.
+
+    Args:
+      network: What runs.
+      params: Its params.
+      x_t: Samples.
+      state: What the sampler remembers of them.
+      row: Of `sampler.rows`.
+      told: What the network is told of the samples.
+      null: The unconditional half, or None.
+      keys: Of their noise.
+      step: Number of the step.
+      prior: Ranges so far.
+      decay: Their weight, as for `ranges.observing`.
+      scale: Weight of the guidance, or None.
+    """
     found: dict[str, Range] = {}
     hook = observing(dict(network.formats), prior, decay, network.method, found)
     with simulated(hook):
@@ -99,6 +113,9 @@ def _step(network, params, x_t, state, row, told, null, keys, step, prior, decay
     noise = draw_noise(keys, x_t.shape[1:], draw=step + 1)
     x_prev, state = network.sampler.step(row, state, x_t, prediction, noise)
     return x_prev, state, found
+
+
+_step = jax.jit(one_step, static_argnames=("network",))
 
 
 def roll_out(

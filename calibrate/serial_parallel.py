@@ -26,6 +26,7 @@ the abstract, and the methods that it improves on, are settings:
 | `samples="float"`, `fit.order="serial"` | one step after the other, float samples (EfficientDM) |
 | `schedule="serial"` | the same online, on own samples |
 | `fits="ranges"` | ranges alone, progressively (PCR) |
+| `shards=8` | data in logical shards, for the devices of a pod (`sharded_calibration.py`) |
 
 References:
   Li et al., Efficiency Meets Fidelity, 2024, https://arxiv.org/abs/2412.06661 (the abstract);
@@ -35,8 +36,10 @@ References:
 import dataclasses
 
 from qjax.calibrate.calibration import Calibration
+from qjax.calibrate.pod import Pod
 from qjax.calibrate.recipe import State
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
+from qjax.calibrate.sharded_calibration import ShardedCalibration
 from qjax.calibrate.work import Work
 from qjax.core.typing import PRNGKeyArray
 
@@ -53,7 +56,10 @@ class SerialParallel(SerialParallelSettings):
         Raises:
           ValueError: If nothing is quantized, or the calibration set does not suit the model.
         """
-        student = Calibration(
-            state.teacher, state.student, self, key, work, floats=state.floats
-        ).run()
-        return dataclasses.replace(state, student=student)
+        arguments = (state.teacher, state.student, self, key, work)
+        if self.shards is None:
+            calibration = Calibration(*arguments, floats=state.floats)
+        else:
+            pod = work.pod or Pod.single()
+            calibration = ShardedCalibration(*arguments, floats=state.floats, pod=pod)
+        return dataclasses.replace(state, student=calibration.run())

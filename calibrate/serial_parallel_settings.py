@@ -45,6 +45,12 @@ class SerialParallelSettings:
       batch: Items that run at once in roll-outs and captures.
       memory_gib: Most that the data of the blocks being fitted may take.
       keep_every: Iterations of a fit after which its state is kept on disk.
+      shards: Logical shards of the data, spread over the devices of a pod; the numbers depend on
+        how many there are, and not on the devices. None: the data is one, on one device.
+      at_once: Most alike blocks that are fitted at the same time, on what the network gives them
+        before the first of these is fitted; needs `shards`.
+      reduction: How gradients of shards are added up: `"ordered"`, which has the same bits on
+        any devices, or `"fast"`, which has them up to float32's rounding.
     """
 
     steps: int | None = None
@@ -66,9 +72,12 @@ class SerialParallelSettings:
     batch: int = 64
     memory_gib: float = 4.0
     keep_every: int = 500
+    shards: int | None = None
+    at_once: int = 1
+    reduction: Literal["ordered", "fast"] = "ordered"
 
     def __post_init__(self):
-        for name in ("refreshes", "pairs", "batch", "shift_every", "keep_every"):
+        for name in ("refreshes", "pairs", "batch", "shift_every", "keep_every", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name, allowed in (
@@ -76,6 +85,7 @@ class SerialParallelSettings:
             ("fits", ("blocks", "network", "both", "ranges")),
             ("schedule", ("refresh", "serial", "register")),
             ("ranges", ("minmax", "mse")),
+            ("reduction", ("ordered", "fast")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -98,6 +108,29 @@ class SerialParallelSettings:
             )
         if self.horizon and self.fit.distillation:
             raise ValueError("distillation compares one step; use it with horizon=0.")
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        if self.shards is None:
+            if self.at_once != 1:
+                raise ValueError(f"at_once needs shards; got at_once={self.at_once}, shards=None.")
+            return
+        if self.shards < 1:
+            raise ValueError(f"shards must be at least 1; got {self.shards}.")
+        for name, count in (
+            ("data.items", self.data.items),
+            ("fit.batch", self.fit.batch),
+            ("pairs", self.pairs),
+        ):
+            if count % self.shards:
+                raise ValueError(
+                    f"{name} must be a multiple of the {self.shards} shards; got {count}."
+                )
+        if self.schedule != "refresh" or self.horizon or self.fit.order != "shuffled":
+            raise ValueError(
+                "shards need schedule='refresh', horizon=0 and fit.order='shuffled'; got "
+                f"{self.schedule!r}, {self.horizon} and {self.fit.order!r}."
+            )
 
     @property
     def finds_last_ranges(self) -> bool:
@@ -128,6 +161,10 @@ class SerialParallelSettings:
             )
         if self.groups is not None:
             shared_steps(calls, self.groups)
+        if self.shards is not None and calls * self.data.items < self.shards:
+            raise ValueError(
+                f"{calls} steps of {self.data.items} items are fewer than {self.shards} shards."
+            )
         self.data.check(pipe)
         if self.horizon:
             require_no_history(pipe.sampler)

@@ -5,6 +5,9 @@ dict of arrays. `Work.part` runs one and writes its arrays, or reads them if an 
 of the same recipe has written them: a run that is killed goes on at the part it was in, and
 ends with the same bits. A file appears under its name only when it is whole.
 
+On a pod the first process alone writes, and what it has written the others read: all make the
+same parts in the same order, and wait for each other after every one.
+
 The log is a JSON line for every event, with the seconds since the stage began.
 """
 
@@ -17,6 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.calibrate.pod import Pod
+from qjax.calibrate.preemption import stop_if_asked
 from qjax.core.safetensors_io import open_tensors, write_tensors
 from qjax.core.typing import Array
 
@@ -31,10 +36,17 @@ class Work:
     Args:
       folder: Where both are; None keeps nothing.
       on_event: Called with every event of the log.
+      pod: The devices and processes, for stages that run on several; None: one process, which
+        takes its default device.
     """
 
-    def __init__(self, folder: Path | None = None, on_event: OnEvent | None = None):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None = None,
+        on_event: OnEvent | None = None,
+        pod: Pod | None = None,
+    ):
+        self.folder, self.pod = folder, pod
         self._on_event = on_event
         self._begin = time.monotonic()
 
@@ -49,29 +61,40 @@ class Work:
           OSError: If the disk is full; what was written before stays, and the same run can go
             on when there is room.
         """
+        stop_if_asked(self.pod)
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        if path is not None and path.exists():
+        if path is not None and self.has(name):
             self.log("read", part=name)
             return {key: jnp.asarray(t.read()) for key, t in open_tensors(path).items()}
         arrays = {key: jnp.asarray(value) for key, value in make().items()}
-        if path is not None:
+        if path is not None and self.writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, {key: np.asarray(a) for key, a in arrays.items()}, {})
             self.log("wrote", part=name)
+        if path is not None and self.pod is not None:
+            self.pod.wait(f"part {name}")
         return arrays
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes parts and log."""
+        return self.pod is None or self.pod.writes
 
     def has(self, name: str) -> bool:
         """Whether a part was made already."""
-        return self.folder is not None and (self.folder / f"{name}.safetensors").exists()
+        there = self.folder is not None and (self.folder / f"{name}.safetensors").exists()
+        return there if self.pod is None else self.pod.agree(there)
 
     def drop(self, name: str) -> None:
         """Forget a part that a later one has made superfluous."""
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def log(self, event: str, **fields: Any) -> None:
         """Add an event; its fields are numbers and texts."""
         line = {"event": event, "seconds": round(time.monotonic() - self._begin, 2), **fields}
+        if not self.writes:
+            return
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:

@@ -9,6 +9,7 @@ from typing import Any
 
 import qjax
 from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate.pod import SHARDS, Pod, start
 from qjax.calibrate.recipe import RUN, Recipe, run
 from qjax.cli_models import (
     MODEL,
@@ -21,7 +22,7 @@ from qjax.cli_models import (
     require_free,
     saved_words,
 )
-from qjax.cli_options import Command, Option, path, real, text, whole
+from qjax.cli_options import Command, Option, path, real, switch, text, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.models.pipeline import Pipeline
@@ -40,12 +41,17 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         for unfinished in settings.out.glob(f".{RUN}.*.tmp"):
             unfinished.unlink()
         require_free(settings.out)
+    pod = chosen_pod(settings)
+    if pod is not None and not pod.writes:
+        output.silence()  # the first process speaks for all
     shapes = float_shapes(settings.model)
     recipe = chosen_recipe(settings, shapes)
     prompts = prompt_lines(settings.prompts)
     planned = qjax.plan(shapes, recipe)
     teacher = load_model(settings.model, output)
     recipe = with_options(recipe, settings, teacher, prompts)
+    if pod is not None:
+        recipe = on_pod(recipe, settings, pod, output)
     stages = max(len(recipe.stages), 1)
     with output.progress("calibrating") as tell:
         on_stage, on_event = stage_progress(lambda done, words: tell(done, stages, words))
@@ -56,10 +62,13 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             seed=settings.seed,
             on_stage=on_stage,
             on_event=on_event,
+            pod=pod,
         )
     if not recipe.stages:
         output.remark(f"{recipe.name} has no stages that need data; this is what quantize does.")
     result = saved_words(settings.model, recipe, pipe, settings.out / "final", output, planned)
+    if pod is not None and not pod.writes:
+        return result
     plot = save_losses(settings.out)
     if plot is not None:
         output.say(f"losses: {plot}")
@@ -69,6 +78,45 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     output.say(*(f"quantization noise: {one}" for one in noise))
     named = [type(stage).__name__ for stage in recipe.stages]
     return result | {"stages": named, "losses": plot, "fronts": fronts, "noise": noise}
+
+
+def chosen_pod(settings: SimpleNamespace) -> Pod | None:
+    """The pod that the command line asks for; None if it asks for none.
+
+    Raises:
+      ValueError: If the mesh does not suit the devices.
+    """
+    said = {name: getattr(settings, f"mesh.{name}") for name in MESH}
+    if all(value is None for value in said.values()) and not settings.distributed:
+        return None
+    if settings.distributed or said["coordinator"] is not None:
+        start(
+            coordinator=said["coordinator"],
+            processes=said["processes"],
+            process=said["process"],
+        )
+    return Pod.of(data=said["data"], block=said["block"] or 1)
+
+
+def on_pod(recipe: Recipe, settings: SimpleNamespace, pod: Pod, output: Output) -> Recipe:
+    """The recipe with its data in shards, and as many blocks at once as the pod has places for.
+
+    Raises:
+      ValueError: If no stage of it can run on several devices, or the shards do not suit.
+    """
+    if not any(hasattr(stage, "shards") for stage in recipe.stages):
+        raise ValueError(
+            f"mesh: {recipe.name} has no stage that runs on several devices; those of the "
+            "s2p and ptqd recipes do."
+        )
+    shards = SHARDS if settings.shards is None else settings.shards
+    at_once = pod.block if settings.at_once is None else settings.at_once
+    pod.check(shards)
+    output.say(
+        f"{pod.block} x {pod.data} devices along block and data, {pod.processes} processes; "
+        f"{shards} logical shards, up to {at_once} alike blocks at once"
+    )
+    return recipe.with_settings(shards=shards, at_once=at_once)
 
 
 def with_options(
@@ -164,6 +212,26 @@ STEPS = Option(
 )
 ETA = Option(name="eta", read=real, metavar="E", help="share of fresh noise a step, 0 to 1")
 
+MESH = {
+    "data": Option(
+        name="mesh.data", read=whole(1), metavar="N", help="devices that share the items"
+    ),
+    "block": Option(
+        name="mesh.block",
+        read=whole(1),
+        metavar="N",
+        help="devices that share alike blocks, fitted at once",
+    ),
+    "coordinator": Option(
+        name="mesh.coordinator",
+        read=text,
+        metavar="HOST:PORT",
+        help="the first process of several; TPU pods find it out with --distributed",
+    ),
+    "processes": Option(name="mesh.processes", read=whole(1), metavar="N", help="how many"),
+    "process": Option(name="mesh.process", read=whole(0), metavar="I", help="which one, from 0"),
+}
+
 COMMANDS = (
     Command(
         name="calibrate",
@@ -194,6 +262,24 @@ COMMANDS = (
                 name="iterations", read=whole(1), metavar="N", help="optimizer steps of every fit"
             ),
             SEED,
+            *MESH.values(),
+            Option(
+                name="distributed",
+                read=switch,
+                help="join the other processes of a TPU pod, which are started alike",
+            ),
+            Option(
+                name="shards",
+                read=whole(1),
+                metavar="N",
+                help=f"logical shards of the data on a mesh (default: {SHARDS})",
+            ),
+            Option(
+                name="at-once",
+                read=whole(1),
+                metavar="N",
+                help="most alike blocks fitted at once on a mesh (default: mesh.block)",
+            ),
         ),
         takes_quant=True,
         example="qjax calibrate fashion-ldm --recipe s2p_w4a8 --steps 10 --guidance 2 --out run",

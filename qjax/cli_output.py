@@ -37,12 +37,17 @@ class Output:
 
     def __init__(self, *, as_json: bool):
         self.as_json = as_json
+        self.silent = False
         self._stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
         self._stderr = Console(file=sys.stderr)
 
+    def silence(self) -> None:
+        """Write nothing more but remarks: another process says it all."""
+        self.silent = True
+
     def say(self, *words: Any) -> None:
         """Lines of text or rich tables, for a reader."""
-        if self.as_json:
+        if self.as_json or self.silent:
             return
         for word in words:
             if isinstance(word, str):
@@ -57,7 +62,7 @@ class Output:
 
     def document(self, data: Mapping[str, Any]) -> None:
         """The JSON document, where one is wanted."""
-        if self.as_json:
+        if self.as_json and not self.silent:
             print(json.dumps(plain(data), indent=1, allow_nan=False))
 
     @contextlib.contextmanager
@@ -76,7 +81,7 @@ class Output:
             console=self._stderr,
             transient=True,
             redirect_stdout=False,
-            disable=not self._stderr.is_terminal,
+            disable=self.silent or not self._stderr.is_terminal,
         )
         with bars:
             task = bars.add_task(what, total=None)

@@ -19,6 +19,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tpu_compile.py"
 # modulation. At 8 bits XLA multiplies codes itself.
 STEPS = {("dit-xl-2-256", "w4a8"): 141, ("sd-v1-4", "w8a8"): 0}
 
+# Of the largest attention, in bfloat16: two halves of 8 heads, 64 x 64 tokens each.
+SCORES = {"dit-xl-2-256": 0, "sd-v1-4": 2 * 8 * 4096**2 * 2}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
@@ -38,4 +41,4 @@ def test_a_step_compiles_and_unpacks_no_weights_in_memory(model, setting, topolo
     # Weights cross HBM as they are stored; what is live beside them are activations.
     limit = {"w4a8": 0.30, "w8a8": 0.52}[setting]
     assert row["argument_bytes"] <= limit * row["bf16_bytes"]
-    assert row["temp_bytes"] <= 0.12 * row["bf16_bytes"]
+    assert row["temp_bytes"] <= 0.12 * row["bf16_bytes"] + SCORES[model]
