@@ -19,6 +19,7 @@ from jax import lax
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels import quant_matmul_hopper as hopper
 from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_conv_xla import (
     Padding,
     float_dots,
@@ -30,7 +31,6 @@ from qjax.kernels.quant_conv_xla import (
 )
 from qjax.kernels.quant_matmul import Implementation, choose, on_its_platform, quant_matmul
 from qjax.kernels.target import current_target
-from qjax.kernels.tuning import Problem
 
 # Forms by input channels, on a CPU (benchmarks/conv.py): one matmul per tap is faster than
 # patches from here on, and gathers nothing; below the other number patches are too narrow for

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.kernels import quant_matmul_hopper, tiles_tpu, weight_matmul_hopper
-from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem, why_not
 from qjax.kernels.quant_matmul_xla import PIECE_VALUES, SMALL_VALUES
 from qjax.kernels.target import current_target
 
@@ -30,38 +30,6 @@ from qjax.kernels.target import current_target
 RULES = 1
 PIECES = (2048, 1024, 768, 512, 384, 256, 128, 64)
 TPU_ROWS, TPU_COLUMNS = (128, 256, 512, 1024), (128, 256, 512, 1024)
-
-
-class Problem(NamedTuple):
-    """What an implementation must take.
-
-    Attributes:
-      rows: Of the activations; may be symbolic.
-      size: Input channels.
-      columns: Output channels.
-      groups: Groups of input channels.
-      fmt: Storage of the weight.
-      dtype: Of the activations; int8 for codes.
-    """
-
-    rows: Any
-    size: int
-    columns: int
-    groups: int
-    fmt: Format
-    dtype: Any
-
-    @property
-    def codes(self) -> bool:
-        """Whether the activations are codes, and not floats."""
-        return self.dtype == jnp.int8
-
-    def name(self) -> str:
-        """The same for equal problems, in every process."""
-        fmt, dtype = self.fmt, jnp.dtype(self.dtype).name
-        stored = f"{fmt.bits} bits packed by {fmt.block}" if fmt.packed else f"{fmt.bits} bits"
-        shape = f"{self.rows}x{self.size}x{self.columns}"
-        return f"{dtype} {shape}, {self.groups} groups, {stored}, {fmt.pad} padded"
 
 
 class Choice(NamedTuple):
@@ -131,7 +99,10 @@ _INSTEAD: contextvars.ContextVar[Mapping[str, Choice] | None] = contextvars.Cont
 
 @contextlib.contextmanager
 def using(instead: Mapping[Problem, Choice]) -> Iterator[None]:
-    """Programs traced within take these choices, and the rules for all else, not the file."""
+    """Programs traced within take these choices, and the rules for all else, not the file.
+
+    A choice must be one of its problem's `candidates`.
+    """
     token = _INSTEAD.set({problem.name(): one for problem, one in instead.items()})
     try:
         yield
@@ -220,42 +191,45 @@ def candidates(problem: Problem) -> list[Choice]:
     ones: without the loop over pieces a model would hold all its weights unpacked at once.
     """
     found = [Choice("xla")]
-    platform, kind = current_target()
-    rows, size, columns, groups, fmt, _ = problem
-    if platform == "cpu":
-        wider = fmt.widens or groups > 1 or not problem.codes
-        pieces = [columns, *(n for n in PIECES if n < columns)]
-        if wider and size * columns > SMALL_VALUES:
-            pieces = [n for n in pieces if n < columns and n * size <= 2 * PIECE_VALUES]
-        found += [Choice("xla", (piece,)) for piece in pieces if wider or rows * columns > 2**18]
-    if platform == "tpu" and tiles_tpu.why_not(size, groups, fmt) is None:
-        itemsize = jnp.dtype(problem.dtype).itemsize
-        own = tiles_tpu.choose_blocks(
-            rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize
-        )
-        if own is None:
-            return found
-        found.append(Choice("tpu"))
-        for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
-            for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
-                blocks = tiles_tpu.Blocks(min(m, rows), n, own.k)
-                if blocks != own and tiles_tpu.fits(blocks, fmt, itemsize):
-                    found.append(Choice("tpu", tuple(blocks)))
-    if platform == "gpu":
-        found += _for_hopper(problem, kind)
+    if current_target().platform == "cpu":
+        found += _pieces(problem)
+    if why_not("tpu", problem) is None:
+        found += _for_tpu(problem)
+    if why_not("hopper", problem) is None:
+        found += _for_hopper(problem)
     return found
 
 
-def _for_hopper(problem: Problem, kind: str) -> list[Choice]:
+def _pieces(problem: Problem) -> list[Choice]:
+    rows, size, columns, groups, fmt, _ = problem
+    wider = fmt.widens or groups > 1 or not problem.codes
+    pieces = [columns, *(n for n in PIECES if n < columns)]
+    if wider and size * columns > SMALL_VALUES:
+        pieces = [n for n in pieces if n < columns and n * size <= 2 * PIECE_VALUES]
+    return [Choice("xla", (piece,)) for piece in pieces if wider or rows * columns > 2**18]
+
+
+def _for_tpu(problem: Problem) -> list[Choice]:
+    rows, size, columns, groups, fmt, dtype = problem
+    itemsize = jnp.dtype(dtype).itemsize
+    own = tiles_tpu.choose_blocks(rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize)
+    if own is None:
+        return []
+    found = [Choice("tpu")]
+    for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
+        for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
+            blocks = tiles_tpu.Blocks(min(m, rows), n, own.k)
+            if blocks != own and tiles_tpu.fits(blocks, fmt, itemsize):
+                found.append(Choice("tpu", tuple(blocks)))
+    return found
+
+
+def _for_hopper(problem: Problem) -> list[Choice]:
     rows, size, columns, groups, fmt, _ = problem
     if not problem.codes:
-        if weight_matmul_hopper.why_not(rows, size, columns, groups, fmt, kind) is not None:
-            return []
         own_cut = weight_matmul_hopper.choose_cut(size, columns, fmt)
         cuts = weight_matmul_hopper.cuts(size, fmt)
         return [Choice("hopper"), *(Choice("hopper", tuple(c)) for c in cuts if c != own_cut)]
-    if quant_matmul_hopper.why_not(size, columns, groups, kind) is not None:
-        return []
     group = size // groups if groups > 1 else None
     tiles = quant_matmul_hopper.tiles(rows, size, columns, group=group, itemsize=4)
     own = quant_matmul_hopper.choose_tile(rows, size, columns, group=group, itemsize=4)

@@ -18,8 +18,9 @@ import numpy as np
 from qjax.core.typing import Array
 from qjax.kernels import tuning
 from qjax.kernels.packing import pack
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_matmul import choose, quant_matmul, weight_matmul
-from qjax.kernels.tuning import Choice, Problem
+from qjax.kernels.tuning import Choice
 from qjax.timing import interleaved
 
 # A candidate must be faster than the rules' own by as much, twice: the fastest of many is
@@ -84,39 +85,28 @@ def tune(
 
 def _tune(problem: Problem, rounds: int) -> Tuned:
     operands = _operands(problem)
-    calls: dict[Choice | None, Callable[[], Any]] = {}
-    wanted: np.ndarray = np.zeros(0)
-    failed = []
-    for choice in (None, *tuning.candidates(problem)):
-        choices = {} if choice is None else {problem: choice}
-        with tuning.using(choices):
-            if choice is not None and choose("auto", problem) != choice:
-                failed.append((choice, "it cannot run here"))
-                continue
-        run = _program(problem, choices)
+    by_rule = functools.partial(_program(problem, {}), *operands)
+    wanted = np.asarray(by_rule(), np.float32)
+    calls, failed = {}, []
+    for choice in tuning.candidates(problem):
+        call = functools.partial(_program(problem, {problem: choice}), *operands)
         try:
-            result = np.asarray(run(*operands), np.float32)
-        except Exception as error:  # a block that a compiler refuses is no candidate
-            if choice is None:
-                raise
-            failed.append((choice, str(error).splitlines()[0][:200]))
+            result = np.asarray(call(), np.float32)
+        except Exception as error:  # noqa: BLE001, blocks that a compiler refuses are no candidate
+            failed.append((choice, (str(error) or type(error).__name__).splitlines()[0][:200]))
             continue
-        wanted = result if choice is None else wanted
-        if choice is not None and not _same(result, wanted, problem):
-            failed.append((choice, "its result is WRONG; please report it"))
+        if _same(result, wanted, problem):
+            calls[choice] = call
         else:
-            calls[choice] = functools.partial(run, *operands)
+            failed.append((choice, "its result is WRONG; please report it"))
     named = {str(choice): call for choice, call in calls.items()}
-    times = interleaved(named, rounds=rounds)
-    seconds = {choice: times[str(choice)] for choice in calls}
-    of_rule = seconds.pop(None)
+    times = interleaved({"rule": by_rule, **named}, rounds=rounds)
+    of_rule, seconds = times["rule"], {choice: times[str(choice)] for choice in calls}
     with tuning.using({}):
-        best = rule = choose("auto", problem)
-    if seconds:
-        best = min((one for one in seconds if one is not None), key=lambda one: seconds[one])
+        rule = choose("auto", problem)
+    best = min(seconds, key=lambda choice: seconds[choice], default=rule)
     if seconds.get(best, of_rule) <= (1 - GAIN) * of_rule:
-        two = {"rule": calls[None], "best": calls[best]}
-        again = interleaved(two, rounds=2 * rounds, warm=True)
+        again = interleaved({"rule": by_rule, "best": calls[best]}, rounds=2 * rounds, warm=True)
         of_rule, seconds[best] = again["rule"], again["best"]
     kept = seconds.get(best, of_rule) <= (1 - GAIN) * of_rule
     return Tuned(

@@ -11,13 +11,13 @@ import pytest
 
 from qjax.kernels import packing, quant_matmul_xla
 from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
 from qjax.kernels.quant_matmul_hopper import quant_matmul_hopper
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import integer_dot, piece_columns
 from qjax.kernels.target import target
 from qjax.kernels.tiles_tpu import Blocks
-from qjax.kernels.tuning import Problem
 from qjax.kernels.weight_matmul_hopper import weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 

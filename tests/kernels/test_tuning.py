@@ -9,9 +9,12 @@ import pytest
 
 from qjax.kernels import quant_matmul_xla, tuning
 from qjax.kernels.packing import Format, block_size
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
 from qjax.kernels.target import target
-from qjax.kernels.tuning import Choice, Problem
+from qjax.kernels.tuning import Choice
+
+ON_GPU = jax.__version_info__ >= (0, 10)  # whether kernels for GPUs can be lowered
 
 
 def problem(rows=64, size=256, columns=96, groups=1, bits=4, dtype=jnp.int8):
@@ -87,6 +90,19 @@ def test_what_is_preferred_goes_before_what_was_measured(cache):
         assert choose("auto", problem(columns=512)) == Choice("tpu", (64, 256, 256))
         with prefer("xla"):
             assert choose("auto", problem(columns=512)) == Choice("xla")
+        with prefer("xla"), prefer("auto"):
+            assert choose("auto", problem(columns=512)) == Choice("tpu", (64, 256, 256))
+
+
+def test_what_is_preferred_is_taken_without_a_look_at_the_file(cache):
+    cache.write_text("no JSON")
+    with prefer("xla"):
+        assert choose("auto", problem()) == Choice("xla")
+
+
+def test_nobody_can_prefer_what_there_is_not():
+    with pytest.raises(NotImplementedError, match="'hopper'; got 'abacus'"), prefer("abacus"):
+        pass
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
@@ -142,7 +158,7 @@ def test_columns_are_computed_in_the_pieces_that_were_chosen(monkeypatch):
     [
         (("cpu", "cpu"), {"xla"}),
         (("tpu", "TPU v5 lite"), {"xla", "tpu"}),
-        (("gpu", "NVIDIA H200"), {"xla", "hopper"}),
+        (("gpu", "NVIDIA H200"), {"xla", "hopper"} if ON_GPU else {"xla"}),
         (("gpu", "Tesla T4"), {"xla"}),
     ],
 )
@@ -154,3 +170,19 @@ def test_candidates_are_those_of_the_device_and_each_once(device, names, dtype):
     assert len(set(found)) == len(found) and found[0] == Choice("xla")
     if len(names) > 1 or device[0] == "cpu":
         assert any(one.blocks is not None for one in found)
+
+
+@pytest.mark.parametrize("device", [("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H200")])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("size", [1024, 1032])
+def test_a_kernel_is_a_candidate_where_it_could_be_named(device, dtype, size):
+    """Of every size and dtype: what `choose` refuses is not measured."""
+    one = problem(size=size, columns=256, dtype=dtype)
+    with target(*device):
+        found = {choice.implementation for choice in tuning.candidates(one)}
+        for name in ("tpu", "hopper"):
+            if name in found:
+                assert choose(name, one) == Choice(name)
+            else:
+                with pytest.raises(NotImplementedError, match="cannot run here"):
+                    choose(name, one)

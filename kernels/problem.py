@@ -1,0 +1,73 @@
+"""A low-bit matmul: what an implementation must take, and which ones do."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qjax.kernels import quant_matmul_hopper, tiles_tpu, weight_matmul_hopper
+from qjax.kernels.packing import Format
+from qjax.kernels.target import current_target
+
+
+class Problem(NamedTuple):
+    """What an implementation must take.
+
+    Attributes:
+      rows: Of the activations; may be symbolic.
+      size: Input channels.
+      columns: Output channels.
+      groups: Groups of input channels.
+      fmt: Storage of the weight.
+      dtype: Of the activations; int8 for codes.
+    """
+
+    rows: Any
+    size: int
+    columns: int
+    groups: int
+    fmt: Format
+    dtype: Any
+
+    @property
+    def codes(self) -> bool:
+        """Whether the activations are codes, and not floats."""
+        return self.dtype == jnp.int8
+
+    def name(self) -> str:
+        """The same for equal problems, in every process."""
+        fmt, dtype = self.fmt, jnp.dtype(self.dtype).name
+        stored = f"{fmt.bits} bits packed by {fmt.block}" if fmt.packed else f"{fmt.bits} bits"
+        shape = f"{self.rows}x{self.size}x{self.columns}"
+        return f"{dtype} {shape}, {self.groups} groups, {stored}, {fmt.pad} padded"
+
+
+def why_not(implementation: str, problem: Problem) -> str | None:
+    """Why an implementation cannot do a matmul on the device that programs are traced for.
+
+    Args:
+      implementation: "xla", "tpu" or "hopper".
+      problem: The matmul.
+
+    Returns:
+      Half a sentence; None if it can.
+    """
+    rows, size, columns, groups, fmt, dtype = problem
+    platform, kind = current_target()
+    if implementation == "tpu":
+        if platform != "tpu":
+            return f"it needs a TPU, and programs are traced for {kind} ({platform})"
+        if not problem.codes and dtype not in (jnp.bfloat16, jnp.float32):
+            return f"activations must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
+        return tiles_tpu.why_not(size, groups, fmt)
+    if implementation == "hopper":
+        if platform != "gpu":
+            return f"it needs a Hopper GPU, and programs are traced for {kind} ({platform})"
+        if jax.__version_info__ < (0, 10):
+            return f"it needs jax >= 0.10, got {jax.__version__}"
+        if problem.codes:
+            return quant_matmul_hopper.why_not(size, columns, groups, kind)
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            return f"activations must be bfloat16 or float16, got {jnp.dtype(dtype).name}"
+        return weight_matmul_hopper.why_not(rows, size, columns, groups, fmt, kind)
+    return None
