@@ -59,7 +59,8 @@ def why_not(implementation: str, problem: Problem) -> str | None:
             return f"it needs a TPU, and programs are traced for {kind} ({platform})"
         if not problem.codes and dtype not in (jnp.bfloat16, jnp.float32):
             return f"activations must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-        return tiles_tpu.why_not(size, groups, fmt)
+        itemsize = jnp.dtype(dtype).itemsize
+        return tiles_tpu.why_not(size, groups, fmt, rows=rows, itemsize=itemsize)
     if implementation == "hopper":
         if platform != "gpu":
             return f"it needs a Hopper GPU, and programs are traced for {kind} ({platform})"

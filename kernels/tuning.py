@@ -213,8 +213,7 @@ def _for_tpu(problem: Problem) -> list[Choice]:
     rows, size, columns, groups, fmt, dtype = problem
     itemsize = jnp.dtype(dtype).itemsize
     own = tiles_tpu.choose_blocks(rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize)
-    if own is None:
-        return []
+    assert own is not None  # what `why_not` is for
     found = [Choice("tpu")]
     for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
         for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
