@@ -131,21 +131,50 @@ def choice(problem: Problem) -> Choice | None:
 
 def choices() -> dict[str, Any]:
     """The file's choices for this machine, by the names of problems."""
-    found = _file().get(machine(), {})
+    return _of_this_machine(_file())
+
+
+def _of_this_machine(known: Mapping[str, Any]) -> dict[str, Any]:
+    found = known.get(machine(), {})
     return found if isinstance(found, dict) else {}
 
 
 def keep(measured: Mapping[Problem, Choice]) -> Path:
-    """Write choices for this machine into the file, beside what it has."""
-    file, known = path(), dict(_file())
-    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
-    known[machine()] = choices() | mine
+    """Write choices for this machine into the file, beside what it has.
+
+    Processes that write at once wait for each other, and nobody reads half a file.
+    """
     check_writable()
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
-        json.dump(known, new, indent=1, sort_keys=True)
-    os.chmod(new.name, 0o644)  # temporary files are their owner's alone
-    os.replace(new.name, file)
+    file = path()
+    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
+    with _alone(file.with_suffix(".lock")), contextlib.ExitStack() as undo:
+        try:
+            known = _parsed(file)
+        except OSError:
+            known = {}
+        known[machine()] = _of_this_machine(known) | mine
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
+            undo.callback(os.unlink, new.name)
+            json.dump(known, new, indent=1, sort_keys=True)
+        os.chmod(new.name, 0o644)  # temporary files are their owner's alone
+        os.replace(new.name, file)
+        undo.pop_all()
     return file
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time, which a lock on a file sees to.
+
+    On Windows and on file systems without locks, of two that write at once the last one wins.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = held.enter_context(lock.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_writable() -> None:
@@ -156,21 +185,29 @@ def check_writable() -> None:
 
 
 def _file() -> dict[str, Any]:
-    """The file's contents, read again where it has changed; nothing if it cannot be read.
-
-    Raises:
-      ValueError: If it can be read and is not what `keep` writes.
-    """
+    """The file's contents, read again where it has changed; nothing if it cannot be read."""
     global _read
     file = path()
     try:
         status = file.stat()
         version = (str(file), status.st_mtime_ns, status.st_ino)
-        if _read[0] == version:
-            return _read[1]
-        found = json.loads(file.read_text())
+        known = _read
+        if known[0] != version:
+            known = _read = (version, _parsed(file))
     except OSError:
         return {}
+    return known[1]
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """What a file holds.
+
+    Raises:
+      OSError: If it cannot be read.
+      ValueError: If it can, and is not what `keep` writes.
+    """
+    try:
+        found = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} must be the JSON that `qjax tune` writes: {error}. Delete it, and tune again."
@@ -180,7 +217,6 @@ def _file() -> dict[str, Any]:
             f"{file} must hold a mapping, as `qjax tune` writes it; got {type(found).__name__}. "
             "Delete it, and tune again."
         )
-    _read = (version, found)
     return found
 
 

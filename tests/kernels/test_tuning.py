@@ -1,6 +1,8 @@
 """Choices that were measured: kept, found again on the same machine, and used."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,30 @@ def test_a_file_that_cannot_be_read_is_as_good_as_none(cache):
 def test_what_is_kept_can_be_read_by_everybody(cache):
     tuning.keep({problem(): Choice("xla", (64,))})
     assert cache.stat().st_mode & 0o777 == 0o644
+
+
+def test_those_that_keep_at_once_lose_nothing(cache):
+    """Threads here; locks are of open files, so processes wait for each other alike."""
+    begin = threading.Barrier(2)
+
+    def keep(rows):
+        begin.wait()
+        for columns in range(1, 21):
+            tuning.keep({problem(rows=rows, columns=columns): Choice("xla")})
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(keep, (1, 2)))
+    assert len(tuning.choices()) == 40
+    assert {file.name for file in cache.parent.iterdir()} == {"tuning.json", "tuning.lock"}
+
+
+def test_what_cannot_be_written_leaves_the_file_as_it_was(cache):
+    tuning.keep({problem(): Choice("xla", (64,))})
+    before = cache.read_text()
+    with pytest.raises(TypeError):
+        tuning.keep({problem(rows=65): Choice("xla", (object(),))})
+    assert cache.read_text() == before
+    assert {file.name for file in cache.parent.iterdir()} == {"tuning.json", "tuning.lock"}
 
 
 def test_weights_are_unpacked_in_pieces_whatever_is_tuned():
