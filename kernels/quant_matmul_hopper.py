@@ -8,10 +8,10 @@ and are added up in float32 registers.
 int8 operands must both have the input channels as their last axis, so the weights are unpacked
 and transposed by XLA before: for many rows a small part of the time, and no kernel for few.
 
-A convolution is the same matmul (`windows_matmul_hopper`): with the pixels of padded images as rows,
-a tap of its kernel multiplies rows that stand a fixed number further down, so that nothing but the
-first row of a fetched block changes from tap to tap. TMA begins at multiples of eight rows: for
-the columns of the kernel there is a copy of the images each, three instead of nine patches.
+A convolution is the same matmul (`windows_matmul_hopper`): with the pixels of padded images as
+rows, a tap of its kernel multiplies rows that stand a fixed number further down, so that nothing
+but the first row of a fetched block changes from tap to tap. TMA begins at multiples of eight rows:
+for the columns of the kernel there is a copy of the images each, three instead of nine patches.
 """
 
 import functools
