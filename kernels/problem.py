@@ -20,6 +20,9 @@ class Problem(NamedTuple):
       groups: Groups of input channels.
       fmt: Storage of the weight.
       dtype: Of the activations; int8 for codes.
+      out: Dtype of the result.
+      x_zero: Whether the activations have zero points.
+      w_zero: Whether the weights have.
     """
 
     rows: Any
@@ -28,6 +31,9 @@ class Problem(NamedTuple):
     groups: int
     fmt: Format
     dtype: Any
+    out: Any = jnp.float32
+    x_zero: bool = False
+    w_zero: bool = False
 
     @property
     def codes(self) -> bool:
@@ -36,10 +42,12 @@ class Problem(NamedTuple):
 
     def name(self) -> str:
         """The same for equal problems, in every process."""
-        fmt, dtype = self.fmt, jnp.dtype(self.dtype).name
+        fmt, (dtype, out) = self.fmt, (jnp.dtype(one).name for one in (self.dtype, self.out))
         stored = f"{fmt.bits} bits packed by {fmt.block}" if fmt.packed else f"{fmt.bits} bits"
         shape = f"{self.rows}x{self.size}x{self.columns}"
-        return f"{dtype} {shape}, {self.groups} groups, {stored}, {fmt.pad} padded"
+        own = [of for of, there in (("inputs", self.x_zero), ("weights", self.w_zero)) if there]
+        zeros = f", zero points of {' and '.join(own)}" if own else ""
+        return f"{dtype} {shape} to {out}, {self.groups} groups, {stored}, {fmt.pad} padded{zeros}"
 
 
 def why_not(implementation: str, problem: Problem) -> str | None:
@@ -52,7 +60,7 @@ def why_not(implementation: str, problem: Problem) -> str | None:
     Returns:
       Half a sentence; None if it can.
     """
-    rows, size, columns, groups, fmt, dtype = problem
+    rows, size, columns, groups, fmt, dtype, *_ = problem
     platform, kind = current_target()
     if implementation == "tpu":
         if platform != "tpu":

@@ -112,9 +112,9 @@ def quant_matmul(
     """
     operands = (p, x_scale, x_zero, q, w_scale, w_zero)
     groups = shared_groups(p, x_scale, w_scale)
-    chosen = choose(
-        implementation, Problem(p.shape[0], p.shape[1], q.shape[1], groups, fmt, p.dtype)
-    )
+    zeros = x_zero is not None, w_zero is not None
+    shape = p.shape[0], p.shape[1], q.shape[1]
+    chosen = choose(implementation, Problem(*shape, groups, fmt, p.dtype, jnp.dtype(dtype), *zeros))
 
     def by_xla(*operands: Any) -> Array:
         piece = _piece(chosen)
@@ -156,7 +156,8 @@ def weight_matmul(
     size, groups = x.shape[1], w_scale.shape[0]
     if size % groups:
         return weight_matmul_xla(*operands, fmt=fmt)  # says what is wrong
-    chosen = choose(implementation, Problem(x.shape[0], size, q.shape[1], groups, fmt, x.dtype))
+    zeros, shape = (False, w_zero is not None), (x.shape[0], size, q.shape[1])
+    chosen = choose(implementation, Problem(*shape, groups, fmt, x.dtype, x.dtype, *zeros))
     by_xla = functools.partial(weight_matmul_xla, fmt=fmt, piece=_piece(chosen))
 
     def by_kernel(*operands: Any) -> Array:

@@ -27,7 +27,7 @@ from qjax.kernels.quant_matmul_xla import PIECE_VALUES, SMALL_VALUES
 from qjax.kernels.target import current_target
 
 # Goes up whenever blocks or rules change: what was measured before holds no more.
-RULES = 1
+RULES = 2
 PIECES = (2048, 1024, 768, 512, 384, 256, 128, 64)
 TPU_ROWS, TPU_COLUMNS = (128, 256, 512, 1024), (128, 256, 512, 1024)
 
@@ -237,7 +237,7 @@ def candidates(problem: Problem) -> list[Choice]:
 
 
 def _pieces(problem: Problem) -> list[Choice]:
-    rows, size, columns, groups, fmt, _ = problem
+    rows, size, columns, groups, fmt, *_ = problem
     wider = fmt.widens or groups > 1 or not problem.codes
     pieces = [columns, *(n for n in PIECES if n < columns)]
     if wider and size * columns > SMALL_VALUES:
@@ -246,7 +246,7 @@ def _pieces(problem: Problem) -> list[Choice]:
 
 
 def _for_tpu(problem: Problem) -> list[Choice]:
-    rows, size, columns, groups, fmt, dtype = problem
+    rows, size, columns, groups, fmt, dtype, *_ = problem
     itemsize = jnp.dtype(dtype).itemsize
     own = tiles_tpu.choose_blocks(rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize)
     assert own is not None  # what `why_not` is for
@@ -260,12 +260,13 @@ def _for_tpu(problem: Problem) -> list[Choice]:
 
 
 def _for_hopper(problem: Problem) -> list[Choice]:
-    rows, size, columns, groups, fmt, _ = problem
+    rows, size, columns, groups, fmt, *_ = problem
     if not problem.codes:
         own_cut = weight_matmul_hopper.choose_cut(size, columns, fmt)
         cuts = weight_matmul_hopper.cuts(size, fmt)
         return [Choice("hopper"), *(Choice("hopper", tuple(c)) for c in cuts if c != own_cut)]
     group = size // groups if groups > 1 else None
-    tiles = quant_matmul_hopper.tiles(rows, size, columns, group=group, itemsize=4)
-    own = quant_matmul_hopper.choose_tile(rows, size, columns, group=group, itemsize=4)
+    sizes = {"group": group, "itemsize": jnp.dtype(problem.out).itemsize}
+    tiles = quant_matmul_hopper.tiles(rows, size, columns, **sizes)
+    own = quant_matmul_hopper.choose_tile(rows, size, columns, **sizes)
     return [Choice("hopper"), *(Choice("hopper", tuple(t)) for t in tiles if t != own)]

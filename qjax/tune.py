@@ -121,34 +121,41 @@ def _tune(problem: Problem, rounds: int) -> Tuned:
 
 def _same(result: np.ndarray, wanted: np.ndarray, problem: Problem) -> bool:
     """Whether a candidate computes what the rules do: integers exactly, floats but for order."""
-    exact = problem.codes and problem.size * 2 ** (6 + problem.fmt.bits) < 2**24
+    largest = 2 ** (6 + problem.fmt.bits + problem.x_zero + problem.w_zero)  # of a product
+    exact = problem.codes and problem.size * largest < 2**24
     size = np.abs(wanted).max(initial=0.0)
-    rounded = 1e-6 if problem.codes or problem.dtype == jnp.float32 else 2**-6
+    rounded = 1e-6 if problem.out == jnp.float32 else 2**-6
     return bool(np.abs(result - wanted).max(initial=0.0) <= (0.0 if exact else rounded * size))
 
 
 def _program(problem: Problem, choices: dict[Problem, Choice]) -> Callable[..., Array]:
-    def run(x: Array, x_scale: Array, q: Array, w_scale: Array) -> Array:
+    def run(x: Array, x_scale: Array, x_zero: Array | None, *weight: Any) -> Array:
         with tuning.using(choices):
             if problem.codes:
-                return quant_matmul(x, x_scale, None, q, w_scale, None, fmt=problem.fmt)
-            return weight_matmul(x, q, w_scale, None, fmt=problem.fmt)
+                settings: dict[str, Any] = {"fmt": problem.fmt, "dtype": problem.out}
+                return quant_matmul(x, x_scale, x_zero, *weight, **settings)
+            return weight_matmul(x, *weight, fmt=problem.fmt)
 
     return jax.jit(run)
 
 
-def _operands(problem: Problem) -> tuple[Array, Array, Array, Array]:
-    """Random codes, and scales of 1."""
-    rows, size, columns, groups, fmt, dtype = problem
+def _operands(problem: Problem) -> tuple[Array | None, ...]:
+    """Random codes and zero points, and scales of 1: activations and weights as the matmuls' own."""
+    rows, size, columns, groups, fmt, dtype, *_ = problem
     rng = np.random.default_rng(0)
+
+    def codes(bits: int, *shape: int) -> Array:
+        return jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape), jnp.int8)
+
     if problem.codes:
-        x = jnp.asarray(rng.integers(-128, 128, (rows, size)), jnp.int8)
+        x = codes(8, rows, size)
     else:
         x = jnp.asarray(rng.standard_normal((rows, size), np.float32)).astype(dtype)
-    low, high = -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1)
-    codes = jnp.asarray(rng.integers(low, high, (size, columns)), jnp.int8)
+    q = codes(fmt.bits, size, columns)
     if fmt.packed:
-        codes = pack(codes, bits=fmt.bits)
+        q = pack(q, bits=fmt.bits)
     elif fmt.bits <= 4:
-        codes = codes.astype(jnp.int4)
-    return x, jnp.ones((rows, 1)), codes, jnp.ones((groups, columns))
+        q = q.astype(jnp.int4)
+    x_zero = codes(8, rows, 1).astype(jnp.int32) if problem.x_zero else None
+    w_zero = codes(fmt.bits, groups, columns) if problem.w_zero else None
+    return x, jnp.ones((rows, 1)), x_zero, q, jnp.ones((groups, columns)), w_zero

@@ -41,6 +41,16 @@ def test_the_fastest_is_chosen_if_it_is_so_twice(pretended):
     assert found.tried == len(tuning.candidates(PROBLEM)) and not found.failed
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+def test_what_runs_is_the_matmul_that_was_asked_for(dtype):
+    """With its zero points and the dtype of its result, in the programs that are timed."""
+    one = PROBLEM._replace(dtype=dtype, out=jnp.bfloat16, x_zero=dtype == jnp.int8, w_zero=True)
+    with tuning.recording() as found:
+        result = tune._program(one, {})(*tune._operands(one))
+    assert found == [one]
+    assert result.shape == (8, 128) and result.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("first", "again"), [({}, None), ({str(Choice("xla", (64,))): 0.5}, {"best": 0.99})]
 )

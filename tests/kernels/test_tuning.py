@@ -1,5 +1,6 @@
 """Choices that were measured: kept, found again on the same machine, and used."""
 
+import functools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -147,11 +148,29 @@ def test_programs_say_what_they_multiply():
         jax.eval_shape(run, shape(jnp.int8, 64, 256), ones[0], stored, ones[1])
         floats = lambda x, q, ws: weight_matmul(x, q, ws, None, fmt=fmt)
         jax.eval_shape(floats, shape(jnp.bfloat16, 64, 256), stored, ones[1])
-    assert found == [problem(), problem(dtype=jnp.bfloat16)]
+    assert found == [problem(), problem(dtype=jnp.bfloat16)._replace(out=jnp.bfloat16)]
     assert [one.name() for one in found] == [
-        "int8 64x256x96, 1 groups, 4 bits packed by 256, 0 padded",
-        "bfloat16 64x256x96, 1 groups, 4 bits packed by 256, 0 padded",
+        "int8 64x256x96 to float32, 1 groups, 4 bits packed by 256, 0 padded",
+        "bfloat16 64x256x96 to bfloat16, 1 groups, 4 bits packed by 256, 0 padded",
     ]
+
+
+@pytest.mark.parametrize("x_zero, w_zero", [(True, False), (False, True), (True, True)])
+def test_zero_points_and_the_dtype_of_the_result_make_another_matmul(cache, x_zero, w_zero):
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    scales = shape(jnp.float32, 64, 1), shape(jnp.float32, 1, 96)
+    zeros = shape(jnp.int32, 64, 1) if x_zero else None, shape(jnp.int8, 1, 96) if w_zero else None
+    with tuning.recording() as found:
+        jax.eval_shape(
+            functools.partial(quant_matmul, fmt=problem().fmt, dtype=jnp.bfloat16),
+            *(shape(jnp.int8, 64, 256), scales[0], zeros[0]),
+            *(shape(jnp.uint8, 128, 96), scales[1], zeros[1]),
+        )
+    (one,) = found
+    assert one == problem()._replace(out=jnp.bfloat16, x_zero=x_zero, w_zero=w_zero)
+    tuning.keep({problem(): Choice("xla", (64,)), one: Choice("xla", (96,))})
+    assert choose("auto", one) == Choice("xla", (96,))
+    assert len({problem().name(), problem()._replace(out=jnp.bfloat16).name(), one.name()}) == 3
 
 
 def test_columns_are_computed_in_the_pieces_that_were_chosen(monkeypatch):
