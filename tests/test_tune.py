@@ -103,6 +103,7 @@ def test_a_candidate_with_another_result_is_refused(pretended, monkeypatch):
 
 def test_the_command_keeps_what_it_finds_and_later_programs_use_it(run, monkeypatch, tmp_path):
     monkeypatch.setenv("QJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "PIECES", (64,))  # few candidates, for few programs to compile
     command = ["tune", "fashion-dit", "--recipe", "w4a8", "--batch", "1", "--rounds", "1", "--json"]
     data = json.loads(run(*command).out)
     kept = json.loads((tmp_path / "tuning.json").read_text())
