@@ -17,20 +17,22 @@ The ablation of Q-DiT (Chen et al., 2025, table 3) in its order, on a shipped tr
 | w8, dynamic | the same | a range for every token |
 
 Rounding is to nearest but where GPTQ is named, and ranges are asymmetric throughout. The last
-three are the paper's comparison of inputs' ranges, at weights whose error is small. Layers are those of the paper: qkv,
-proj, fc1 and fc2 of every block; adaLN has weights in groups and float inputs. The search draws
-pictures with the guidance of the evaluation, from other noise. Every row is judged on the same
-noise; latent error is the relative L2 distance of the final latents to the float model's, FD the
-Frechet distance of the pictures' features to the float model's pictures and to real ones.
+three are the paper's comparison of inputs' ranges, at weights whose error is small. Layers are
+those of the paper: qkv, proj, fc1 and fc2 of every block; adaLN has weights in groups and float
+inputs. The search draws pictures with the guidance of the evaluation, from other noise. Every row
+is judged on the same noise; latent error is the relative L2 distance of the final latents to the
+float model's, FD the Frechet distance of the pictures' features to the float model's pictures and
+to real ones.
 
 With `--outliers F` a few input channels of every layer that follows an adaLN or makes values are
 F times as large and the weights that read them as much smaller, so that the float network stays
 what it is (`models/smoothing_pairs.py`): real transformers have such channels, the shipped one
 has none.
 
-What calibrates or searches is run for every seed (`--seeds`); searches are told with what they found on their own noise and on fresh
-noise, for the winner and for the uniform groups. Rows in the result file are kept, and with
-`--work` searches go on where they were killed. Writes `benchmarks/results/granularity_search.json`.
+What calibrates or searches is run for every seed (`--seeds`); searches are told with what they
+found on their own noise and on fresh noise, for the winner and for the uniform groups. Rows in the
+result file are kept, and with `--work` searches go on where they were killed and leave plots of
+their fronts. Writes `benchmarks/results/granularity_search.json`.
 """
 
 import argparse
@@ -272,6 +274,12 @@ def main() -> None:
     if args.table:
         print(markdown(known))
         return
+    with tempfile.TemporaryDirectory(prefix="search-") as temporary:
+        measure(args, known, args.work or Path(temporary))
+
+
+def measure(args: argparse.Namespace, known: Rows, work: Path) -> None:
+    """Add every row that is not known yet; searches keep their parts in `work`."""
     pipe = qjax.load(args.model)
     if args.outliers > 1:
         pipe = with_outliers(pipe, args.outliers)
@@ -311,7 +319,6 @@ def main() -> None:
                 recipe = Recipe(quant=config, stages=stages(row, args), name=row)
                 out = None
                 if "search" in row:
-                    work = args.work or Path(tempfile.mkdtemp(prefix="search-"))
                     out = work / f"w{bits}a{act_bits}-{args.outliers:g}-{recipe.digest()}-{seed}"
                 start = time.perf_counter()
                 made = run(pipe, recipe, seed=seed, out=out)
@@ -330,7 +337,7 @@ def main() -> None:
                     "seconds": round(seconds, 1),
                     "search": won,
                 }
-                if out is not None:
+                if out is not None and args.work is not None:
                     save_fronts(out)
                 known.add(result)
 

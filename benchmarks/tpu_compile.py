@@ -4,10 +4,10 @@
 
 Needs `pip install "jax[tpu]"` for libtpu, whose compiler runs on a CPU host. Nothing is
 executed and no weights exist: params are shapes, quantized as `quantize` quantizes shapes.
-Settings are bfloat16 and the recipes' with other floats in bfloat16. A step is the guided prediction of a batch of images, twice as many through the network, and
-the update of DDIM. HBM is what the compiler says the program holds: arguments, results (less
-those that share memory with arguments) and temporaries. Results go to
-`benchmarks/results/tpu_compile.json`.
+Settings are bfloat16 and the recipes' with other floats in bfloat16. A step is the guided
+prediction of a batch of images, twice as many through the network, and the update of DDIM. HBM is
+what the compiler says the program holds: arguments, results (less those that share memory with
+arguments) and temporaries. Results go to `benchmarks/results/tpu_compile.json`.
 """
 
 import argparse

@@ -11,6 +11,8 @@ These forms give the same integers:
 | windows found in place (`quant_matmul_hopper.windows_matmul_hopper`) | on a Hopper GPU, if preferred |
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jax import lax
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels import quant_matmul_hopper as hopper
 from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_conv_xla import (
     Padding,
     float_dots,
@@ -30,7 +33,6 @@ from qjax.kernels.quant_conv_xla import (
 )
 from qjax.kernels.quant_matmul import Implementation, choose, on_its_platform, quant_matmul
 from qjax.kernels.target import current_target
-from qjax.kernels.tuning import Problem
 
 # Forms by input channels, on a CPU (benchmarks/conv.py): one matmul per tap is faster than
 # patches from here on, and gathers nothing; below the other number patches are too narrow for
@@ -203,12 +205,10 @@ def _by_windows(
     padding: Padding,
     dtype: Any,
 ) -> Array:
-    def windows(
-        p: Array, x_scale: Array, x_zero: Array | None, q: Array, scale: Array, zero: Array | None
-    ) -> Array:
-        i, w = p.shape[3], Kernel(q, scale, zero, kernel.fmt).matrix(p.shape[3])
+    def windows(p: Array, x_scale: Array, x_zero: Array | None, kernel: Kernel) -> Array:
+        w = kernel.matrix(p.shape[3])
         return hopper.windows_matmul_hopper(
-            pad_image(p, padding, _per_channel(x_zero, i)),
+            pad_image(p, padding, _per_channel(x_zero, p.shape[3])),
             x_scale,
             x_zero,
             w.q,
@@ -219,16 +219,17 @@ def _by_windows(
             dtype=dtype,
         )
 
-    def patches(
-        p: Array, x_scale: Array, x_zero: Array | None, q: Array, scale: Array, zero: Array | None
-    ) -> Array:
-        settings: dict[str, Any] = {"strides": strides, "padding": padding, "dtype": dtype}
-        return _by_patches(
-            p, x_scale, x_zero, Kernel(q, scale, zero, kernel.fmt), "xla", **settings
+    patches = functools.partial(
+        _by_patches, implementation="xla", strides=strides, padding=padding, dtype=dtype
+    )
+
+    def of_arrays(form: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda p, x_scale, x_zero, q, scale, zero: form(
+            p, x_scale, x_zero, Kernel(q, scale, zero, kernel.fmt)
         )
 
     operands = (p, x_scale, x_zero, kernel.q, kernel.scale, kernel.zero)
-    return on_its_platform("hopper", windows, patches, operands)
+    return on_its_platform("hopper", of_arrays(windows), of_arrays(patches), operands)
 
 
 def _takes_windows(kernel: Kernel, x_scale: Array, channels: int, implementation: str) -> bool:

@@ -1,10 +1,10 @@
 """The low-bit matmuls: what callers see, and the choice of an implementation.
 
-| implementation | runs on | takes |
+| implementation | runs on | takes (`problem.why_not`) |
 |---|---|---|
 | xla | everything | everything: it is the definition |
-| tpu | TPUs | weights of whole tiles (`tiles_tpu.why_not`) |
-| hopper | H100, H200 and their like, jax >= 0.10 | codes of whole blocks (`quant_matmul_hopper.why_not`); few rows of floats with packed weights of 4 bits (`weight_matmul_hopper.why_not`) |
+| tpu | TPUs | weights of whole tiles |
+| hopper | H100, H200 and their like, jax >= 0.10 | codes of whole blocks; few rows of floats with packed weights of 4 bits |
 
 A named implementation that cannot run raises `NotImplementedError`. `auto` takes on a TPU the
 kernel where it takes the weight and has something to gain: where the weights are packed or have
@@ -19,22 +19,21 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels import quant_matmul_hopper as hopper
-from qjax.kernels import tiles_tpu, tuning
+from qjax.kernels import tuning
 from qjax.kernels.one_device import one_device
 from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem, why_not
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import quant_matmul_xla, shared_groups, weight_matmul_xla
 from qjax.kernels.target import current_target
 from qjax.kernels.tiles_tpu import Blocks
-from qjax.kernels.tuning import Choice, Problem
+from qjax.kernels.tuning import Choice
 from qjax.kernels.weight_matmul_hopper import Cut, weight_matmul_hopper
-from qjax.kernels.weight_matmul_hopper import why_not as why_not_weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
 Implementation = Literal["auto", "xla", "tpu", "hopper"]
@@ -44,8 +43,13 @@ _PREFERRED: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferr
 
 @contextlib.contextmanager
 def prefer(implementation: Implementation) -> Iterator[None]:
-    """Programs traced within take this one for `auto` where it can run, and else XLA."""
-    token = _PREFERRED.set(implementation)
+    """Programs traced within take this one for `auto` where it can run, and else XLA.
+
+    Raises:
+      NotImplementedError: If there is none of that name.
+    """
+    _check_name(implementation)
+    token = _PREFERRED.set(None if implementation == "auto" else implementation)
     try:
         yield
     finally:
@@ -58,21 +62,17 @@ def choose(implementation: str, problem: Problem) -> Choice:
     Raises:
       NotImplementedError: If the one that is named cannot run.
     """
-    names = get_args(Implementation)
-    if implementation not in names:
-        raise NotImplementedError(
-            f"The implementations of the low-bit matmul are {', '.join(map(repr, names))}; got "
-            f"{implementation!r}."
-        )
+    _check_name(implementation)
     tuning.record(problem)
     if implementation == "auto":
-        preferred, tuned = _PREFERRED.get(), tuning.choice(problem)
-        if preferred is None and tuned is not None and _can(tuned.implementation, problem):
+        preferred = _PREFERRED.get()
+        tuned = tuning.choice(problem) if preferred is None else None
+        if tuned is not None:
             return tuned
         gains = problem.fmt.widens or problem.groups > 1
         wanted = preferred or ("tpu" if gains and current_target().platform == "tpu" else "xla")
-        return Choice(wanted if _can(wanted, problem) else "xla")
-    reason = _why_not(implementation, problem)
+        return Choice(wanted if why_not(wanted, problem) is None else "xla")
+    reason = why_not(implementation, problem)
     if reason is not None:
         raise NotImplementedError(
             f"The implementation {implementation!r} of the low-bit matmul cannot run here: "
@@ -81,32 +81,13 @@ def choose(implementation: str, problem: Problem) -> Choice:
     return Choice(implementation)
 
 
-def _can(implementation: str, problem: Problem) -> bool:
-    return _why_not(implementation, problem) is None
-
-
-def _why_not(implementation: str, problem: Problem) -> str | None:
-    """Why an implementation cannot run, as half a sentence; None if it can."""
-    rows, size, columns, groups, fmt, dtype = problem
-    platform, kind = current_target()
-    codes = dtype == jnp.int8
-    if implementation == "tpu":
-        if platform != "tpu":
-            return f"it needs a TPU, and programs are traced for {kind} ({platform})"
-        if not codes and dtype not in (jnp.bfloat16, jnp.float32):
-            return f"activations must be bfloat16 or float32, got {jnp.dtype(dtype).name}"
-        return tiles_tpu.why_not(size, groups, fmt)
-    if implementation == "hopper":
-        if platform != "gpu":
-            return f"it needs a Hopper GPU, and programs are traced for {kind} ({platform})"
-        if jax.__version_info__ < (0, 10):
-            return f"it needs jax >= 0.10, got {jax.__version__}"
-        if not codes and dtype not in (jnp.bfloat16, jnp.float16):
-            return f"activations must be bfloat16 or float16, got {jnp.dtype(dtype).name}"
-        if not codes:
-            return why_not_weight_matmul_hopper(rows, size, columns, groups, fmt, kind)
-        return hopper.why_not(size, columns, groups, kind)
-    return None
+def _check_name(implementation: str) -> None:
+    names = get_args(Implementation)
+    if implementation not in names:
+        raise NotImplementedError(
+            f"The implementations of the low-bit matmul are {', '.join(map(repr, names))}; got "
+            f"{implementation!r}."
+        )
 
 
 def quant_matmul(
@@ -131,9 +112,9 @@ def quant_matmul(
     """
     operands = (p, x_scale, x_zero, q, w_scale, w_zero)
     groups = shared_groups(p, x_scale, w_scale)
-    chosen = choose(
-        implementation, Problem(p.shape[0], p.shape[1], q.shape[1], groups, fmt, p.dtype)
-    )
+    zeros = x_zero is not None, w_zero is not None
+    shape = p.shape[0], p.shape[1], q.shape[1]
+    chosen = choose(implementation, Problem(*shape, groups, fmt, p.dtype, jnp.dtype(dtype), *zeros))
 
     def by_xla(*operands: Any) -> Array:
         piece = _piece(chosen)
@@ -175,7 +156,8 @@ def weight_matmul(
     size, groups = x.shape[1], w_scale.shape[0]
     if size % groups:
         return weight_matmul_xla(*operands, fmt=fmt)  # says what is wrong
-    chosen = choose(implementation, Problem(x.shape[0], size, q.shape[1], groups, fmt, x.dtype))
+    zeros, shape = (False, w_zero is not None), (x.shape[0], size, q.shape[1])
+    chosen = choose(implementation, Problem(*shape, groups, fmt, x.dtype, x.dtype, *zeros))
     by_xla = functools.partial(weight_matmul_xla, fmt=fmt, piece=_piece(chosen))
 
     def by_kernel(*operands: Any) -> Array:

@@ -8,14 +8,13 @@ and are added up in float32 registers.
 int8 operands must both have the input channels as their last axis, so the weights are unpacked
 and transposed by XLA before: for many rows a small part of the time, and no kernel for few.
 
-A convolution is the same matmul (`windows_matmul_hopper`): with the pixels of padded images as rows,
-a tap of its kernel multiplies rows that stand a fixed number further down, so that nothing but the
-first row of a fetched block changes from tap to tap. TMA begins at multiples of eight rows: for
-the columns of the kernel there is a copy of the images each, three instead of nine patches.
+A convolution is the same matmul (`windows_matmul_hopper`): with the pixels of padded images as
+rows, a tap of its kernel multiplies rows that stand a fixed number further down, so that nothing
+but the first row of a fetched block changes from tap to tap. TMA begins at multiples of eight rows:
+for the columns of the kernel there is a copy of the images each, three instead of nine patches.
 """
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,16 +25,23 @@ from jax import lax
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
 from qjax.kernels.quant_matmul_xla import shared_groups, sums_by_group
+from qjax.kernels.tiles_hopper import (
+    WARPGROUPS,
+    call,
+    load_vector,
+    pipeline,
+    shared_memory,
+    swizzled,
+    transposed,
+    why_not_chip,
+)
 
-# Names of chips with `wgmma` for int8, as JAX calls their kind.
-CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 # Input channels and columns of a block, the best first.
 WIDTHS_K, WIDTHS_N = (128, 64, 32), (128, 96, 64, 32)
 # A group is one step: its block of rows and columns must fit twice.
 LARGEST_GROUP = 384
 # What a block of threads may use of 227 KiB of shared memory, and blocks in flight.
 SHARED_BYTES, STAGES = 216 * 1024, 4
-WARPGROUPS = 2  # that multiply
 ROW_STEP = 8  # TMA begins at multiples of it
 
 
@@ -72,13 +78,6 @@ class Tile(NamedTuple):
     n: int
     k: int
     stages: int
-
-
-def why_not_chip(chip: str) -> str | None:
-    """Why kernels for Hopper do not run on a chip, as half a sentence; None if they do."""
-    if set(CHIPS) & set(chip.split()):
-        return None
-    return f"it needs a Hopper GPU ({', '.join(CHIPS)}), got {chip}"
 
 
 def why_not(size: int, columns: int, groups: int, chip: str) -> str | None:
@@ -169,11 +168,11 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
     def multiply(sums: Any, p: Any, q: Any) -> None:
-        plgpu.wgmma(sums, p.at[pl.ds(warpgroup * tile.m, tile.m)], _transposed(q))
+        plgpu.wgmma(sums, p.at[pl.ds(warpgroup * tile.m, tile.m)], transposed(q))
 
-    def whole(pipeline: Any) -> None:
+    def whole(accumulate: Any) -> None:
         def scope(sums: Any) -> None:
-            pipeline(sums)
+            accumulate(sums)
             write(scaled(sums[...], 0))
 
         pl.run_scoped(scope, plgpu.ACC((tile.m, tile.n), jnp.int32))
@@ -183,9 +182,9 @@ def _kernel(
         plgpu.wgmma_wait(late)
         return sums
 
-    def grouped(pipeline: Any) -> None:
+    def grouped(accumulate: Any) -> None:
         zeros = jnp.zeros((tile.m, tile.n), jnp.float32)
-        write(pipeline(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)))
+        write(accumulate(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)))
 
     def grouped_step(index: Any, p: Any, q: Any, total: Array) -> Array:
         def scope(sums: Any) -> Array:
@@ -195,55 +194,26 @@ def _kernel(
         dot = pl.run_scoped(scope, plgpu.ACC((tile.m, tile.n), jnp.int32))
         return total + scaled(dot, index[0])
 
-    swizzle = plgpu.find_swizzle(tile.k * 8)
-    transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
-    spec = functools.partial(plgpu.BlockSpec, transforms=transforms, delay_release=late)
+    spec = functools.partial(
+        plgpu.BlockSpec, transforms=swizzled(tile.k, jnp.int8), delay_release=late
+    )
     steps = size // tile.k  # of a tap
 
     def rows_at(step: Any) -> tuple[Any, ...]:
         tap = step // steps
         return tap % window.width, i * block_m + window.below(tap), step % steps
 
-    step: Any = whole_step if groups == 1 else grouped_step
-    pipeline = plgpu.emit_pipeline_warp_specialized(
-        step,
-        grid=(window.taps * steps,),
-        memory_registers=40,
-        in_specs=[
+    run = pipeline(
+        whole_step if groups == 1 else grouped_step,
+        whole if groups == 1 else grouped,
+        [
             spec((None, pl.Element(block_m), tile.k), index_map=rows_at),
             spec((tile.n, tile.k), index_map=lambda step: (j, step)),
         ],
-        wg_axis="warpgroup",
-        num_compute_wgs=WARPGROUPS,
-        max_concurrent_steps=tile.stages,
-        compute_context=whole if groups == 1 else grouped,
+        steps=window.taps * steps,
+        stages=tile.stages,
     )
-    pipeline(at["p"], at["q"])
-
-
-def load_vector(ref: Any, reduced: int) -> Array:
-    """A vector from memory, laid out as sums of registers along axis `reduced`."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    return load(ref, plgpu.Layout.WGMMA.reduce(reduced))
-
-
-def load(ref: Any, layout: Any) -> Array:
-    """An array from memory, in registers of a layout."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    settings: dict[str, Any] = {"layout": layout, "optimized": False}
-    if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.11
-        return plgpu.load(ref, (), **settings)
-    return plgpu.load(ref, **settings)
-
-
-def _transposed(ref: Any) -> Any:
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    if jax.__version_info__ < (0, 12):
-        return plgpu.transpose_ref(ref, (1, 0))
-    return ref.transpose((1, 0))
+    run(at["p"], at["q"])
 
 
 def quant_matmul_hopper(
@@ -362,8 +332,6 @@ def _multiply(
 
     `p` has a copy of the rows for each column of the window.
     """
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     (codes, w_scale, w_zero), (_, rows, size) = weight, p.shape
     columns, length = codes.shape[1], codes.shape[0] // groups
     dtype = jnp.dtype(dtype)
@@ -396,33 +364,12 @@ def _multiply(
             weight_sums = weight_sums - length * w_zero.astype(jnp.int32)
         operands["w_sum"] = of_columns(weight_sums, jnp.int32)
 
-    width = plgpu.find_swizzle(tile.n * dtype.itemsize * 8)
-    transforms = (
-        plgpu.TilingTransform((8, width // dtype.itemsize)),
-        plgpu.SwizzleTransform(width),
+    y = call(
+        functools.partial(_kernel, tile=tile, size=size, groups=groups, window=window),
+        operands,
+        {"y_smem": shared_memory((WARPGROUPS, tile.m, tile.n), dtype)},
+        result=jax.ShapeDtypeStruct((padded, columns), dtype),
+        grid={"m": padded // (WARPGROUPS * tile.m), "n": columns // tile.n},
+        interpret=interpret,
     )
-    held = plgpu.SMEM((WARPGROUPS, tile.m, tile.n), dtype, transforms=transforms)
-    result = jax.ShapeDtypeStruct((padded, columns), dtype)
-    # Keywords got other names in jax 0.12.
-    new = "out_type" in inspect.signature(plgpu.kernel).parameters
-    shapes: dict[str, Any] = {"out_type" if new else "out_shape": result}
-    shapes["scratch_types" if new else "scratch_shapes"] = [held]
-    if interpret is not None:
-        shapes["interpret"] = interpret
-    run = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            names=(*operands, "y", "y_smem"),
-            tile=tile,
-            size=size,
-            groups=groups,
-            window=window,
-        ),
-        grid=(padded // (WARPGROUPS * tile.m), columns // tile.n),
-        grid_names=("m", "n"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=False),
-        **shapes,
-    )
-    return run(*operands.values())[:rows]
+    return y[:rows]

@@ -35,14 +35,19 @@ class Blocks(NamedTuple):
     k: int
 
 
-def why_not(size: int, groups: int, fmt: Format) -> str | None:
+def why_not(
+    size: int, groups: int, fmt: Format, *, rows: Any = BLOCK_M, itemsize: int = 1
+) -> str | None:
     """Why the kernels do not take a weight, as half a sentence; None if they do.
 
     Args:
       size: Input channels.
       groups: Groups of them; 1 where one scale is for all.
       fmt: Storage of the weight.
+      rows: Of the input; for any but a number, as many as a block has.
+      itemsize: Bytes of a value of the input.
     """
+    rows = rows if isinstance(rows, int) else BLOCK_M
     if fmt.pad or size % ROWS:
         return f"input channels must be a multiple of {ROWS}, got {size}"
     if groups > 1 and (size // groups) % ROWS:
@@ -50,7 +55,7 @@ def why_not(size: int, groups: int, fmt: Format) -> str | None:
     run = fmt.block * min(PLANES[fmt.bits]) // 8
     if fmt.packed and run % ROWS:
         return f"{fmt.bits} bits in blocks of {fmt.block} have runs of {run} bytes, not of {ROWS}"
-    if choose_blocks(1, size, 1, groups=groups, fmt=fmt) is None:
+    if choose_blocks(rows, size, 1, groups=groups, fmt=fmt, itemsize=itemsize) is None:
         return f"no divisor of {size} is whole in lanes, groups and packing blocks, and small"
     return None
 

@@ -22,46 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from qjax.kernels import quant_matmul_hopper, tiles_tpu, weight_matmul_hopper
-from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem, why_not
 from qjax.kernels.quant_matmul_xla import PIECE_VALUES, SMALL_VALUES
 from qjax.kernels.target import current_target
 
 # Goes up whenever blocks or rules change: what was measured before holds no more.
-RULES = 1
+RULES = 2
 PIECES = (2048, 1024, 768, 512, 384, 256, 128, 64)
 TPU_ROWS, TPU_COLUMNS = (128, 256, 512, 1024), (128, 256, 512, 1024)
-
-
-class Problem(NamedTuple):
-    """What an implementation must take.
-
-    Attributes:
-      rows: Of the activations; may be symbolic.
-      size: Input channels.
-      columns: Output channels.
-      groups: Groups of input channels.
-      fmt: Storage of the weight.
-      dtype: Of the activations; int8 for codes.
-    """
-
-    rows: Any
-    size: int
-    columns: int
-    groups: int
-    fmt: Format
-    dtype: Any
-
-    @property
-    def codes(self) -> bool:
-        """Whether the activations are codes, and not floats."""
-        return self.dtype == jnp.int8
-
-    def name(self) -> str:
-        """The same for equal problems, in every process."""
-        fmt, dtype = self.fmt, jnp.dtype(self.dtype).name
-        stored = f"{fmt.bits} bits packed by {fmt.block}" if fmt.packed else f"{fmt.bits} bits"
-        shape = f"{self.rows}x{self.size}x{self.columns}"
-        return f"{dtype} {shape}, {self.groups} groups, {stored}, {fmt.pad} padded"
 
 
 class Choice(NamedTuple):
@@ -131,7 +99,10 @@ _INSTEAD: contextvars.ContextVar[Mapping[str, Choice] | None] = contextvars.Cont
 
 @contextlib.contextmanager
 def using(instead: Mapping[Problem, Choice]) -> Iterator[None]:
-    """Programs traced within take these choices, and the rules for all else, not the file."""
+    """Programs traced within take these choices, and the rules for all else, not the file.
+
+    A choice must be one of its problem's `candidates`.
+    """
     token = _INSTEAD.set({problem.name(): one for problem, one in instead.items()})
     try:
         yield
@@ -160,21 +131,50 @@ def choice(problem: Problem) -> Choice | None:
 
 def choices() -> dict[str, Any]:
     """The file's choices for this machine, by the names of problems."""
-    found = _file().get(machine(), {})
+    return _of_this_machine(_file())
+
+
+def _of_this_machine(known: Mapping[str, Any]) -> dict[str, Any]:
+    found = known.get(machine(), {})
     return found if isinstance(found, dict) else {}
 
 
 def keep(measured: Mapping[Problem, Choice]) -> Path:
-    """Write choices for this machine into the file, beside what it has."""
-    file, known = path(), dict(_file())
-    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
-    known[machine()] = choices() | mine
+    """Write choices for this machine into the file, beside what it has.
+
+    Processes that write at once wait for each other, and nobody reads half a file.
+    """
     check_writable()
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
-        json.dump(known, new, indent=1, sort_keys=True)
-    os.chmod(new.name, 0o644)  # temporary files are their owner's alone
-    os.replace(new.name, file)
+    file = path()
+    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
+    with _alone(file.with_suffix(".lock")), contextlib.ExitStack() as undo:
+        try:
+            known = _parsed(file)
+        except OSError:
+            known = {}
+        known[machine()] = _of_this_machine(known) | mine
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
+            undo.callback(os.unlink, new.name)
+            json.dump(known, new, indent=1, sort_keys=True)
+        os.chmod(new.name, 0o644)  # temporary files are their owner's alone
+        os.replace(new.name, file)
+        undo.pop_all()
     return file
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time, which a lock on a file sees to.
+
+    On Windows and on file systems without locks, of two that write at once the last one wins.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = held.enter_context(lock.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_writable() -> None:
@@ -185,21 +185,29 @@ def check_writable() -> None:
 
 
 def _file() -> dict[str, Any]:
-    """The file's contents, read again where it has changed; nothing if it cannot be read.
-
-    Raises:
-      ValueError: If it can be read and is not what `keep` writes.
-    """
+    """The file's contents, read again where it has changed; nothing if it cannot be read."""
     global _read
     file = path()
     try:
         status = file.stat()
         version = (str(file), status.st_mtime_ns, status.st_ino)
-        if _read[0] == version:
-            return _read[1]
-        found = json.loads(file.read_text())
+        known = _read
+        if known[0] != version:
+            known = _read = (version, _parsed(file))
     except OSError:
         return {}
+    return known[1]
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """What a file holds.
+
+    Raises:
+      OSError: If it cannot be read.
+      ValueError: If it can, and is not what `keep` writes.
+    """
+    try:
+        found = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} must be the JSON that `qjax tune` writes: {error}. Delete it, and tune again."
@@ -209,7 +217,6 @@ def _file() -> dict[str, Any]:
             f"{file} must hold a mapping, as `qjax tune` writes it; got {type(found).__name__}. "
             "Delete it, and tune again."
         )
-    _read = (version, found)
     return found
 
 
@@ -220,43 +227,46 @@ def candidates(problem: Problem) -> list[Choice]:
     ones: without the loop over pieces a model would hold all its weights unpacked at once.
     """
     found = [Choice("xla")]
-    platform, kind = current_target()
-    rows, size, columns, groups, fmt, _ = problem
-    if platform == "cpu":
-        wider = fmt.widens or groups > 1 or not problem.codes
-        pieces = [columns, *(n for n in PIECES if n < columns)]
-        if wider and size * columns > SMALL_VALUES:
-            pieces = [n for n in pieces if n < columns and n * size <= 2 * PIECE_VALUES]
-        found += [Choice("xla", (piece,)) for piece in pieces if wider or rows * columns > 2**18]
-    if platform == "tpu" and tiles_tpu.why_not(size, groups, fmt) is None:
-        itemsize = jnp.dtype(problem.dtype).itemsize
-        own = tiles_tpu.choose_blocks(
-            rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize
-        )
-        if own is None:
-            return found
-        found.append(Choice("tpu"))
-        for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
-            for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
-                blocks = tiles_tpu.Blocks(min(m, rows), n, own.k)
-                if blocks != own and tiles_tpu.fits(blocks, fmt, itemsize):
-                    found.append(Choice("tpu", tuple(blocks)))
-    if platform == "gpu":
-        found += _for_hopper(problem, kind)
+    if current_target().platform == "cpu":
+        found += _pieces(problem)
+    if why_not("tpu", problem) is None:
+        found += _for_tpu(problem)
+    if why_not("hopper", problem) is None:
+        found += _for_hopper(problem)
     return found
 
 
-def _for_hopper(problem: Problem, kind: str) -> list[Choice]:
-    rows, size, columns, groups, fmt, _ = problem
+def _pieces(problem: Problem) -> list[Choice]:
+    rows, size, columns, groups, fmt, *_ = problem
+    wider = fmt.widens or groups > 1 or not problem.codes
+    pieces = [columns, *(n for n in PIECES if n < columns)]
+    if wider and size * columns > SMALL_VALUES:
+        pieces = [n for n in pieces if n < columns and n * size <= 2 * PIECE_VALUES]
+    return [Choice("xla", (piece,)) for piece in pieces if wider or rows * columns > 2**18]
+
+
+def _for_tpu(problem: Problem) -> list[Choice]:
+    rows, size, columns, groups, fmt, dtype, *_ = problem
+    itemsize = jnp.dtype(dtype).itemsize
+    own = tiles_tpu.choose_blocks(rows, size, columns, groups=groups, fmt=fmt, itemsize=itemsize)
+    assert own is not None  # what `why_not` is for
+    found = [Choice("tpu")]
+    for m in (n for n in TPU_ROWS if n <= max(rows, TPU_ROWS[0])):
+        for n in (n for n in TPU_COLUMNS if n <= max(columns, TPU_COLUMNS[0])):
+            blocks = tiles_tpu.Blocks(min(m, rows), n, own.k)
+            if blocks != own and tiles_tpu.fits(blocks, fmt, itemsize):
+                found.append(Choice("tpu", tuple(blocks)))
+    return found
+
+
+def _for_hopper(problem: Problem) -> list[Choice]:
+    rows, size, columns, groups, fmt, *_ = problem
     if not problem.codes:
-        if weight_matmul_hopper.why_not(rows, size, columns, groups, fmt, kind) is not None:
-            return []
         own_cut = weight_matmul_hopper.choose_cut(size, columns, fmt)
         cuts = weight_matmul_hopper.cuts(size, fmt)
         return [Choice("hopper"), *(Choice("hopper", tuple(c)) for c in cuts if c != own_cut)]
-    if quant_matmul_hopper.why_not(size, columns, groups, kind) is not None:
-        return []
     group = size // groups if groups > 1 else None
-    tiles = quant_matmul_hopper.tiles(rows, size, columns, group=group, itemsize=4)
-    own = quant_matmul_hopper.choose_tile(rows, size, columns, group=group, itemsize=4)
+    sizes = {"group": group, "itemsize": jnp.dtype(problem.out).itemsize}
+    tiles = quant_matmul_hopper.tiles(rows, size, columns, **sizes)
+    own = quant_matmul_hopper.choose_tile(rows, size, columns, **sizes)
     return [Choice("hopper"), *(Choice("hopper", tuple(t)) for t in tiles if t != own)]

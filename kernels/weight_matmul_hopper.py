@@ -8,7 +8,6 @@ GPU busy: the input channels are cut into parts that run at once, and XLA adds u
 """
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,16 @@ from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
-from qjax.kernels.quant_matmul_hopper import WARPGROUPS, load, load_vector, why_not_chip
+from qjax.kernels.tiles_hopper import (
+    WARPGROUPS,
+    call,
+    load,
+    load_vector,
+    pipeline,
+    shared_memory,
+    swizzled,
+    why_not_chip,
+)
 
 # Rows of one `wgmma`, columns of a warpgroup, and blocks in flight.
 ROWS, COLUMNS, STAGES = 64, 64, 4
@@ -114,9 +122,9 @@ def _kernel(*refs: Any, names: tuple[str, ...], fmt: Format, group: int | None, 
         plgpu.wgmma_wait(0)
         return sums
 
-    def compute(pipeline: Any) -> None:
+    def compute(accumulate: Any) -> None:
         def scope(sums: Any) -> None:
-            pipeline(sums)
+            accumulate(sums)
             y = sums[...]
             if group is None:
                 scale = load_vector(at["w_scale"].at[0, columns], 0)
@@ -130,32 +138,24 @@ def _kernel(*refs: Any, names: tuple[str, ...], fmt: Format, group: int | None, 
 
         pl.run_scoped(scope, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
 
-    def transforms(bytes_: int, itemsize: int) -> tuple[Any, ...]:
-        swizzle = plgpu.find_swizzle(bytes_ * 8)
-        return (
-            plgpu.TilingTransform((8, swizzle // itemsize)),
-            plgpu.SwizzleTransform(swizzle),
-        )
-
-    of_x = functools.partial(plgpu.BlockSpec, (ROWS, half), transforms=transforms(2 * half, 2))
+    of_x = functools.partial(plgpu.BlockSpec, (ROWS, half), transforms=swizzled(half, dtype))
     at_block = lambda s: part * steps + s
-    pipeline = plgpu.emit_pipeline_warp_specialized(
+    run = pipeline(
         step,
-        grid=(steps,),
-        memory_registers=40,
-        in_specs=[
+        compute,
+        [
             plgpu.BlockSpec(
-                (half, width), lambda s: (at_block(s), j), transforms=transforms(COLUMNS, 1)
+                (half, width),
+                lambda s: (at_block(s), j),
+                transforms=swizzled(COLUMNS, jnp.int8),
             ),
             of_x(index_map=lambda s: (0, 2 * at_block(s))),
             of_x(index_map=lambda s: (0, 2 * at_block(s) + 1)),
         ],
-        wg_axis="warpgroup",
-        num_compute_wgs=WARPGROUPS,
-        max_concurrent_steps=cut.stages,
-        compute_context=compute,
+        steps=steps,
+        stages=cut.stages,
     )
-    pipeline(at["q"], at["x"], at["x"])
+    run(at["q"], at["x"], at["x"])
 
 
 def weight_matmul_hopper(
@@ -176,8 +176,6 @@ def weight_matmul_hopper(
       cut: Of the input channels; None for `choose_cut`.
       interpret: Parameters of Mosaic GPU's interpreter (jax >= 0.12), to run anywhere, slowly.
     """
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     (rows, size), groups, columns = x.shape, w_scale.shape[0], q.shape[1]
     cut = cut or choose_cut(size, columns, fmt)
     written = -(-rows // 8) * 8
@@ -189,36 +187,15 @@ def weight_matmul_hopper(
     }
     if w_zero is not None:
         operands["w_zero"] = spread(w_zero)
-    swizzle = plgpu.find_swizzle(COLUMNS * 16)
-    weights = plgpu.SMEM(
-        (WARPGROUPS, 2, fmt.block // 2, COLUMNS),
-        x.dtype,
-        transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)),
+    parts = call(
+        functools.partial(_kernel, fmt=fmt, group=size // groups if groups > 1 else None, cut=cut),
+        operands,
+        {
+            "w": shared_memory((WARPGROUPS, 2, fmt.block // 2, COLUMNS), x.dtype),
+            "y_smem": shared_memory((WARPGROUPS, ROWS, COLUMNS), jnp.float32),
+        },
+        result=jax.ShapeDtypeStruct((cut.parts, written, columns), jnp.float32),
+        grid={"part": cut.parts, "n": columns // (WARPGROUPS * COLUMNS)},
+        interpret=interpret,
     )
-    held = plgpu.SMEM(
-        (WARPGROUPS, ROWS, COLUMNS),
-        jnp.float32,
-        transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-    )
-    result = jax.ShapeDtypeStruct((cut.parts, written, columns), jnp.float32)
-    new = "out_type" in inspect.signature(plgpu.kernel).parameters
-    shapes: dict[str, Any] = {"out_type" if new else "out_shape": result}
-    shapes["scratch_types" if new else "scratch_shapes"] = [weights, held]
-    if interpret is not None:
-        shapes["interpret"] = interpret
-    run = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            names=(*operands, "y", "w", "y_smem"),
-            fmt=fmt,
-            group=size // groups if groups > 1 else None,
-            cut=cut,
-        ),
-        grid=(cut.parts, columns // (WARPGROUPS * COLUMNS)),
-        grid_names=("part", "n"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=False),
-        **shapes,
-    )
-    return jnp.sum(run(*operands.values()), axis=0)[:rows].astype(x.dtype)
+    return jnp.sum(parts, axis=0)[:rows].astype(x.dtype)

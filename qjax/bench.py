@@ -21,7 +21,7 @@ from qjax.core.layers import Conv, Dense
 from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.core.serialize import flatten
 from qjax.core.typing import Array, Params
-from qjax.kernels.tuning import Problem
+from qjax.kernels.problem import Problem
 from qjax.models.pipeline import Pipeline
 from qjax.roofline import Peak, peak, shares
 from qjax.timing import interleaved

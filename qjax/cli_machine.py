@@ -48,7 +48,9 @@ def doctor(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
 
 def run_bench(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Times of every layer and of a whole step, float and low-bit in turn."""
-    pipe, quantized, name = _float_and_low_bit(settings, output)
+    pipe, quantized, name = _low_bit(settings, output)
+    if pipe is quantized:
+        pipe = dequantized(quantized)
     with output.progress("timing") as tell:
         found = bench(
             pipe, quantized, batch=settings.batch, rounds=settings.rounds, on_progress=tell
@@ -83,8 +85,8 @@ def run_bench(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     }
 
 
-def _float_and_low_bit(settings: SimpleNamespace, output: Output) -> tuple[Pipeline, Pipeline, str]:
-    """A model in float and quantized, and what quantized it."""
+def _low_bit(settings: SimpleNamespace, output: Output) -> tuple[Pipeline, Pipeline, str]:
+    """A model, the same quantized (one object if it is already), and what quantized it."""
     pipe = load_model(settings.model, output)
     how = how_quantized(pipe.params)
     if how == "not quantized":
@@ -99,14 +101,13 @@ def _float_and_low_bit(settings: SimpleNamespace, output: Output) -> tuple[Pipel
         )
     else:
         quantized, name = pipe, "as saved"
-        pipe = dequantized(pipe)
     return pipe, quantized, name
 
 
 def run_tune(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Measures every low-bit matmul's candidates, and keeps the fastest for later programs."""
     tuning.check_writable()
-    _, quantized, name = _float_and_low_bit(settings, output)
+    _, quantized, name = _low_bit(settings, output)
     # With guidance the network is called with twice as many.
     wanted = matmuls(quantized, settings.batch) + matmuls(quantized, 2 * settings.batch)
     wanted = list(dict.fromkeys(wanted))

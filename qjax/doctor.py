@@ -28,8 +28,8 @@ from qjax.core.quantize import quantize_leaf
 from qjax.kernels import quant_matmul as kernels
 from qjax.kernels import tuning
 from qjax.kernels.packing import Format, pack
-from qjax.kernels.quant_matmul_hopper import why_not_chip
 from qjax.kernels.target import current_target
+from qjax.kernels.tiles_hopper import why_not_chip
 from qjax.report_words import bytes_text, number_text
 from qjax.timing import interleaved
 

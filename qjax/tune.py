@@ -18,8 +18,9 @@ import numpy as np
 from qjax.core.typing import Array
 from qjax.kernels import tuning
 from qjax.kernels.packing import pack
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_matmul import choose, quant_matmul, weight_matmul
-from qjax.kernels.tuning import Choice, Problem
+from qjax.kernels.tuning import Choice
 from qjax.timing import interleaved
 
 # A candidate must be faster than the rules' own by as much, twice: the fastest of many is
@@ -84,39 +85,28 @@ def tune(
 
 def _tune(problem: Problem, rounds: int) -> Tuned:
     operands = _operands(problem)
-    calls: dict[Choice | None, Callable[[], Any]] = {}
-    wanted: np.ndarray = np.zeros(0)
-    failed = []
-    for choice in (None, *tuning.candidates(problem)):
-        choices = {} if choice is None else {problem: choice}
-        with tuning.using(choices):
-            if choice is not None and choose("auto", problem) != choice:
-                failed.append((choice, "it cannot run here"))
-                continue
-        run = _program(problem, choices)
+    by_rule = functools.partial(_program(problem, {}), *operands)
+    wanted = np.asarray(by_rule(), np.float32)
+    calls, failed = {}, []
+    for choice in tuning.candidates(problem):
+        call = functools.partial(_program(problem, {problem: choice}), *operands)
         try:
-            result = np.asarray(run(*operands), np.float32)
-        except Exception as error:  # a block that a compiler refuses is no candidate
-            if choice is None:
-                raise
-            failed.append((choice, str(error).splitlines()[0][:200]))
+            result = np.asarray(call(), np.float32)
+        except Exception as error:  # noqa: BLE001, blocks that a compiler refuses are no candidate
+            failed.append((choice, (str(error) or type(error).__name__).splitlines()[0][:200]))
             continue
-        wanted = result if choice is None else wanted
-        if choice is not None and not _same(result, wanted, problem):
-            failed.append((choice, "its result is WRONG; please report it"))
+        if _same(result, wanted, problem):
+            calls[choice] = call
         else:
-            calls[choice] = functools.partial(run, *operands)
+            failed.append((choice, "its result is WRONG; please report it"))
     named = {str(choice): call for choice, call in calls.items()}
-    times = interleaved(named, rounds=rounds)
-    seconds = {choice: times[str(choice)] for choice in calls}
-    of_rule = seconds.pop(None)
+    times = interleaved({"rule": by_rule, **named}, rounds=rounds)
+    of_rule, seconds = times["rule"], {choice: times[str(choice)] for choice in calls}
     with tuning.using({}):
-        best = rule = choose("auto", problem)
-    if seconds:
-        best = min((one for one in seconds if one is not None), key=lambda one: seconds[one])
+        rule = choose("auto", problem)
+    best = min(seconds, key=lambda choice: seconds[choice], default=rule)
     if seconds.get(best, of_rule) <= (1 - GAIN) * of_rule:
-        two = {"rule": calls[None], "best": calls[best]}
-        again = interleaved(two, rounds=2 * rounds, warm=True)
+        again = interleaved({"rule": by_rule, "best": calls[best]}, rounds=2 * rounds, warm=True)
         of_rule, seconds[best] = again["rule"], again["best"]
     kept = seconds.get(best, of_rule) <= (1 - GAIN) * of_rule
     return Tuned(
@@ -131,34 +121,41 @@ def _tune(problem: Problem, rounds: int) -> Tuned:
 
 def _same(result: np.ndarray, wanted: np.ndarray, problem: Problem) -> bool:
     """Whether a candidate computes what the rules do: integers exactly, floats but for order."""
-    exact = problem.codes and problem.size * 2 ** (6 + problem.fmt.bits) < 2**24
+    largest = 2 ** (6 + problem.fmt.bits + problem.x_zero + problem.w_zero)  # of a product
+    exact = problem.codes and problem.size * largest < 2**24
     size = np.abs(wanted).max(initial=0.0)
-    rounded = 1e-6 if problem.codes or problem.dtype == jnp.float32 else 2**-6
+    rounded = 1e-6 if problem.out == jnp.float32 else 2**-6
     return bool(np.abs(result - wanted).max(initial=0.0) <= (0.0 if exact else rounded * size))
 
 
 def _program(problem: Problem, choices: dict[Problem, Choice]) -> Callable[..., Array]:
-    def run(x: Array, x_scale: Array, q: Array, w_scale: Array) -> Array:
+    def run(x: Array, x_scale: Array, x_zero: Array | None, *weight: Any) -> Array:
         with tuning.using(choices):
             if problem.codes:
-                return quant_matmul(x, x_scale, None, q, w_scale, None, fmt=problem.fmt)
-            return weight_matmul(x, q, w_scale, None, fmt=problem.fmt)
+                settings: dict[str, Any] = {"fmt": problem.fmt, "dtype": problem.out}
+                return quant_matmul(x, x_scale, x_zero, *weight, **settings)
+            return weight_matmul(x, *weight, fmt=problem.fmt)
 
     return jax.jit(run)
 
 
-def _operands(problem: Problem) -> tuple[Array, Array, Array, Array]:
-    """Random codes, and scales of 1."""
-    rows, size, columns, groups, fmt, dtype = problem
+def _operands(problem: Problem) -> tuple[Array | None, ...]:
+    """Random codes and zero points, and scales of 1: activations and weights as the matmuls' own."""
+    rows, size, columns, groups, fmt, dtype, *_ = problem
     rng = np.random.default_rng(0)
+
+    def codes(bits: int, *shape: int) -> Array:
+        return jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape), jnp.int8)
+
     if problem.codes:
-        x = jnp.asarray(rng.integers(-128, 128, (rows, size)), jnp.int8)
+        x = codes(8, rows, size)
     else:
         x = jnp.asarray(rng.standard_normal((rows, size), np.float32)).astype(dtype)
-    low, high = -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1)
-    codes = jnp.asarray(rng.integers(low, high, (size, columns)), jnp.int8)
+    q = codes(fmt.bits, size, columns)
     if fmt.packed:
-        codes = pack(codes, bits=fmt.bits)
+        q = pack(q, bits=fmt.bits)
     elif fmt.bits <= 4:
-        codes = codes.astype(jnp.int4)
-    return x, jnp.ones((rows, 1)), codes, jnp.ones((groups, columns))
+        q = q.astype(jnp.int4)
+    x_zero = codes(8, rows, 1).astype(jnp.int32) if problem.x_zero else None
+    w_zero = codes(fmt.bits, groups, columns) if problem.w_zero else None
+    return x, jnp.ones((rows, 1)), x_zero, q, jnp.ones((groups, columns)), w_zero

@@ -415,10 +415,16 @@ def test_a_kernel_of_any_rank_is_the_same_matrix_packed_and_native(key):
         scale = jax.random.uniform(key, scale_shape, jnp.float32, 0.5, 1.0)
         zero_point = jax.random.randint(key, scale_shape, -8, 8)
         for layout in ("packed", "native"):
-            q = from_codes(codes, scale, zero_point, bits=4, axis=axis, layout=layout)
-            matrix = foreign.as_matrix(q, n)
-            assert matrix.shape == (60, 8)
-            np.testing.assert_array_equal(matrix.dequantize(), q.dequantize().reshape(60, 8))
+            make = functools.partial(from_codes, bits=4, axis=axis, layout=layout)
+
+            @jax.jit
+            def both(*arrays, make=make, n=n):
+                q = make(*arrays)
+                matrix = foreign.as_matrix(q, n)
+                assert matrix.shape == (60, 8)
+                return matrix.dequantize(), q.dequantize().reshape(60, 8)
+
+            np.testing.assert_array_equal(*both(codes, scale, zero_point))
 
 
 def test_export_round_trip_of_apply_on_quantized_params(images):

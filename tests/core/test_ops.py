@@ -19,23 +19,36 @@ def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "act", "layout"))
-def quantize(w, *, bits=4, group_size=None, symmetric=True, act=None, layout="packed"):
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "layout"))
+def quantize_weights(w, *, bits=4, group_size=None, symmetric=True, layout="packed"):
     granularity = "per_channel" if group_size is None else "per_group"
     spec = WeightSpec(
         bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size
     )
     codes = quantize_weight(w, spec, group_size=group_size)
-    return from_codes(*codes, bits=bits, act=act, layout=layout)
+    return from_codes(*codes, bits=bits, layout=layout)
 
 
-@functools.partial(jax.jit, static_argnames=("sample_axes", "group_size"))
-def expected(x, q, row, sample_axes=(-1,), group_size=None):
-    """What `x` becomes when it is quantized, and the dequantized weights."""
-    codes = quantize_activation(x, q.act, row=row, sample_axes=sample_axes, group_size=group_size)
+def quantize(w, *, act=None, **settings):
+    """One program for all activations."""
+    return quantize_weights(w, **settings).replace(act=act)
+
+
+@functools.partial(jax.jit, static_argnames=("act", "sample_axes", "group_size"))
+def expected_input(x, act, row, *, sample_axes, group_size):
+    codes = quantize_activation(x, act, row=row, sample_axes=sample_axes, group_size=group_size)
     wide = lambda a: None if a is None else jnp.repeat(a, x.shape[-1] // a.shape[-1], axis=-1)
     codes = codes._replace(scale=wide(codes.scale), zero_point=wide(codes.zero_point))
-    return to_floats(codes), q.dequantize()
+    return to_floats(codes)
+
+
+expected_weights = jax.jit(QTensor.dequantize)
+
+
+def expected(x, q, row, sample_axes=(-1,), group_size=None):
+    """What `x` becomes when it is quantized, and the dequantized weights."""
+    floats = expected_input(x, q.act, row, sample_axes=sample_axes, group_size=group_size)
+    return floats, expected_weights(q.replace(act=None))
 
 
 ROW = {"act_scale": jnp.float32(0.02), "act_zero_point": jnp.int32(5)}
@@ -101,17 +114,16 @@ def test_conv_is_that_of_the_quantized_operands(act, row, kernel, strides, paddi
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels", (8, 40, 48))
+@pytest.mark.parametrize("channels", (8, 48))
 @pytest.mark.parametrize("bits", (4, 8))
 def test_every_form_of_a_convolution_gives_the_same(monkeypatch, channels, bits):
     monkeypatch.setattr(quant_conv, "SHIFT_FROM_CHANNELS", 48)
     x, w = normal(2, 6, 7, channels), normal(3, 3, channels, 5, seed=1)
     q = quantize(w, bits=bits, act=ActSpec(), layout="native" if bits == 8 else "packed")
-    chosen = jax.jit(ops.conv)(x, q)
+    chosen = jax.jit(lambda x, q: ops.conv(x, q))(x, q)
     monkeypatch.setattr(quant_conv, "SHIFT_FROM_CHANNELS", 1000)
     monkeypatch.setattr(quant_conv, "FLOAT_BELOW_CHANNELS", 0)
-    jax.clear_caches()
-    by_patches = jax.jit(ops.conv)(x, q)
+    by_patches = jax.jit(lambda x, q: ops.conv(x, q))(x, q)
     np.testing.assert_allclose(chosen, by_patches, rtol=1e-6)
 
 
@@ -244,10 +256,10 @@ def test_shapes_that_do_not_fit_raise():
 @pytest.mark.parametrize("act", [None, *(act for act, row in ACTS if not row)], ids=str)
 def test_an_empty_batch_gives_an_empty_result(act):
     q = quantize(normal(96, 10), group_size=32, act=act)
-    assert ops.matmul(jnp.zeros((0, 96)), q).shape == (0, 10)
+    assert jax.jit(ops.matmul)(jnp.zeros((0, 96)), q).shape == (0, 10)
     if act is None or act.granularity != "per_group":
         kernel = quantize(normal(3, 3, 32, 5), group_size=16, act=act)
-        assert ops.conv(jnp.zeros((0, 4, 4, 32)), kernel).shape == (0, 4, 4, 5)
+        assert jax.jit(ops.conv)(jnp.zeros((0, 4, 4, 32)), kernel).shape == (0, 4, 4, 5)
 
 
 @pytest.mark.parametrize("bits, act", [(8, ActSpec()), (4, ActSpec()), (8, None)], ids=str)

@@ -1,6 +1,7 @@
 """Saving and loading trees: exact, complete or not at all, and refusing what was changed."""
 
 import copy
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from qjax.core.manifest import MANIFEST
 from qjax.core.qtensor import QTensor, from_codes, is_qtensor
 from qjax.core.safetensors_io import open_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RECORD = {"model": "DiT", "sizes": [1, 2.5, None], "nested": {"guided": True}}
 REFUSED = (ValueError, FileNotFoundError)
 
@@ -29,7 +32,8 @@ def qtensor(shape, scale_shape, *, bits, zero_point=False, **fields) -> QTensor:
     draw = lambda size: jnp.asarray(rng.integers(low, high, size), jnp.int8)
     scale = jnp.asarray(rng.uniform(0.01, 1, scale_shape), jnp.bfloat16)
     zero = draw(scale_shape) if zero_point else None
-    return from_codes(draw(shape), scale, zero, bits=bits, **fields)
+    pack = jax.jit(functools.partial(from_codes, bits=bits, **fields))
+    return pack(draw(shape), scale, zero)
 
 
 def tree() -> dict:

@@ -104,8 +104,10 @@ x = jnp.asarray(rng.standard_normal((8, 512)), jnp.float32)
 w = jnp.asarray(rng.standard_normal((512, 256)), jnp.float32)
 spec = WeightSpec(bits=4, symmetric=False, granularity="per_group", group_size=128)
 
+quantized = jax.jit(lambda w: from_codes(*quantize_weight(w, spec, group_size=128), bits=4))(w)
+
 def check(act, axes):
-    q = from_codes(*quantize_weight(w, spec, group_size=128), bits=4, act=act)
+    q = quantized.replace(act=act)
     where = sharding_for(q, NamedSharding(mesh, P(*axes)))
     placed = jax.device_put(q, where)
     assert placed.qvalue.sharding == where.qvalue and placed.scale.sharding == where.scale

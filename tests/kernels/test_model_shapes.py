@@ -45,7 +45,23 @@ def test_every_layer_is_taken_as_a_matmul_of_patches(model, recipe):
         assert on_tpu is None, (path, on_tpu)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="kernels for GPUs need jax >= 0.10")
+needs_jax_for_gpus = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="kernels for GPUs need jax >= 0.10"
+)
+
+
+def shape(dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def assert_lowers_to_a_kernel(matmul, fmt, *operands, **settings):
+    run = functools.partial(matmul, fmt=fmt, implementation="hopper", **settings)
+    with target("gpu", "NVIDIA H200"):
+        lowered = jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_jax_for_gpus
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
     ("m", "k", "n", "groups", "zeros"),
@@ -59,17 +75,13 @@ def test_every_layer_is_taken_as_a_matmul_of_patches(model, recipe):
     ],
 )
 def test_the_kernel_for_hopper_lowers_without_a_gpu(m, k, n, groups, zeros, dtype):
-    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     zero = lambda *sizes: shape(jnp.int8, *sizes) if zeros else None
     x = shape(jnp.int8, m, k), shape(jnp.float32, m, groups), zero(m, groups)
     w = shape(jnp.int8, k, n), shape(jnp.bfloat16, groups, n), zero(groups, n)
-    run = functools.partial(quant_matmul, fmt=Format(bits=8), dtype=dtype, implementation="hopper")
-    with target("gpu", "NVIDIA H200"):
-        lowered = jax.jit(run).trace(*x, *w).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_to_a_kernel(quant_matmul, Format(bits=8), *x, *w, dtype=dtype)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="kernels for GPUs need jax >= 0.10")
+@needs_jax_for_gpus
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
     ("m", "k", "n", "groups", "zeros"),
@@ -81,12 +93,8 @@ def test_the_kernel_for_hopper_lowers_without_a_gpu(m, k, n, groups, zeros, dtyp
     ],
 )
 def test_the_kernel_of_few_rows_lowers_without_a_gpu(m, k, n, groups, zeros, dtype):
-    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     block, length, _ = packed_size(k, 4)
     fmt = Format(bits=4, block=block, packed=True)
     zero = shape(jnp.int8, groups, n) if zeros else None
     operands = shape(dtype, m, k), shape(jnp.uint8, length, n), shape(dtype, groups, n), zero
-    run = functools.partial(weight_matmul, fmt=fmt, implementation="hopper")
-    with target("gpu", "NVIDIA H200"):
-        lowered = jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_to_a_kernel(weight_matmul, fmt, *operands)

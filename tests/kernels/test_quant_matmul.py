@@ -11,13 +11,13 @@ import pytest
 
 from qjax.kernels import packing, quant_matmul_xla
 from qjax.kernels.packing import Format
+from qjax.kernels.problem import Problem
 from qjax.kernels.quant_matmul import choose, prefer, quant_matmul, weight_matmul
 from qjax.kernels.quant_matmul_hopper import quant_matmul_hopper
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import integer_dot, piece_columns
 from qjax.kernels.target import target
-from qjax.kernels.tiles_tpu import Blocks
-from qjax.kernels.tuning import Problem
+from qjax.kernels.tiles_tpu import Blocks, choose_blocks
 from qjax.kernels.weight_matmul_hopper import weight_matmul_hopper
 from qjax.kernels.weight_matmul_tpu import weight_matmul_tpu
 
@@ -353,6 +353,21 @@ def test_an_implementation_that_cannot_run_says_so(name, message):
         quant_matmul(p, one, None, q, one, None, fmt=Format(bits=8), implementation=name)
     with pytest.raises(NotImplementedError, match=message):
         weight_matmul(jnp.ones((1, 32)), q, one, None, fmt=Format(bits=8), implementation=name)
+
+
+@pytest.mark.parametrize("rows", (1, 63, 64, 300, None))
+@pytest.mark.parametrize("dtype", (jnp.int8, jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize("size", (1152, 8992, 20_000))
+@pytest.mark.parametrize("groups", (1, 4))
+def test_a_tpu_takes_a_matmul_exactly_if_there_are_blocks_for_it(rows, dtype, size, groups):
+    """Long inputs that no divisor cuts fit with few rows and narrow values only."""
+    fmt, most = Format(bits=4), rows or 512
+    itemsize = jnp.dtype(dtype).itemsize
+    blocks = choose_blocks(most, size, 256, groups=groups, fmt=fmt, itemsize=itemsize)
+    taken = blocks is not None and size // groups % 32 == 0
+    with target("tpu", "TPU v5 lite"):
+        found = choose("auto", Problem(rows, size, 256, groups, fmt, dtype)).implementation
+    assert found == ("tpu" if taken else "xla")
 
 
 def test_on_a_tpu_the_kernel_is_for_packed_and_grouped_weights_and_on_a_gpu_if_preferred():
