@@ -24,7 +24,7 @@ NEWEST = ("jax", "jaxlib", "flax")
 TPU = ("jax[tpu]>=0.10", "flax")
 
 # Chosen per session, and what only the oracles of the full suite need.
-LEFT_OUT = {"jax", "flax", "torch", "diffusers", "transformers"}
+LEFT_OUT = {"jax", "flax", "torch", "diffusers", "transformers", "selenium"}
 # What a release of JAX or Flax can break: numbers, kernels, layers, the scan, the house; and what
 # must work without torch, which these sessions really lack. The report, the command line and
 # the zoo stand on these, and run in the full suite.

@@ -325,6 +325,15 @@ def _check_claim(out: Path, mine: dict[str, Any]) -> None:
         )
 
 
+def recipe_of_run(final: Path) -> str | None:
+    """Name of the recipe whose run wrote the folder `final`; None if that cannot be read."""
+    try:
+        name = json.loads((final.resolve().parent / RUN).read_text(encoding="utf-8"))["name"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def _furthest(out: Path, recipe: Recipe) -> tuple[int, Pipeline | None]:
     """How many stages are done, and the pipeline after the last of them."""
     for i in reversed(range(len(recipe.stages))):

@@ -113,7 +113,10 @@ class Probe:
 
         Infinite where the answers stay the same; minus infinity where they are no more finite.
         """
-        params = self.params_with(kernels)
+        return self.sqnr_of_params(self.params_with(kernels))
+
+    def sqnr_of_params(self, params: Params) -> float:
+        """SQNR in dB of what the network answers with other float params, as `sqnr`."""
         noise = 0.0
         for batch, answer in zip(self.samples, self.answers, strict=True):
             noise += float(_power(_answer(self.apply, params, batch) - answer))

@@ -56,12 +56,13 @@ def machine() -> str:
     """What choices hold for: the kind of chip and the version of JAX."""
     platform, kind = current_target()
     if platform == "cpu":
-        kind = f"{_processor()}, {os.cpu_count()} cores"
+        kind = f"{processor()}, {os.cpu_count()} cores"
     return f"{kind}, jax {jax.__version__}, rules {RULES}"
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor, its architecture where the system tells no more."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

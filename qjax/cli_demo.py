@@ -33,6 +33,7 @@ def demo(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
                 model: demo_.recipes_to_show(model, everything=settings.full) for model in models
             },
             seed=settings.seed,
+            thorough=settings.full,
             phases=phases,
             tell=tell,
         )
@@ -64,7 +65,7 @@ COMMANDS = (
                 read=switch,
                 default=False,
                 help="the three systems at 4 and 8 bits, each and together, calibrated (an hour or "
-                f"two on a CPU), {FULL['num_images']} pictures and {FULL['steps']} steps instead of "
+                f"two on a CPU), each layer's sensitivity, {FULL['num_images']} pictures and {FULL['steps']} steps instead of "
                 f"{QUICK['num_images']} and {QUICK['steps']}; the same DIR again resumes",
             ),
             Option(

@@ -16,6 +16,7 @@ from qjax import report
 from qjax.calibrate.data import CalibrationSet, read_prompts
 from qjax.calibrate.noise_correction import ENTRY
 from qjax.calibrate.noise_refit import refit, settings_of
+from qjax.calibrate.recipe import recipe_of_run
 from qjax.cli_models import MODEL, SEED, load_model
 from qjax.cli_options import (
     Command,
@@ -277,6 +278,8 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             eta=settings.eta,
             seed=settings.seed,
             repeats=settings.repeats,
+            sensitivity=settings.sensitivity,
+            recipes=_recipe_of(settings.model_b),
             out=settings.out,
             on_progress=tell,
         )
@@ -285,6 +288,12 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     if settings.out is not None:
         output.say(f"page: {settings.out}", f"grid: {settings.out.with_suffix('.png')}")
     return as_dict(found) | {"out": settings.out}
+
+
+def _recipe_of(model: str) -> dict[str, str]:
+    """Name of the recipe that a calibration wrote beside the model; empty where none did."""
+    name = recipe_of_run(Path(model))
+    return {} if name is None else {_short(model): name}
 
 
 def _short(model: str) -> str:
@@ -389,8 +398,14 @@ COMMANDS = (
                 name="repeats",
                 read=whole(),
                 metavar="N",
-                default=3,
-                help="timed runs behind each speed; 0 leaves speed out",
+                default=7,
+                help="timed runs behind each speed, all models in turn; 0 leaves speed out",
+            ),
+            Option(
+                name="sensitivity",
+                read=switch,
+                default=False,
+                help="measure how much each layer alone changes the network's answers",
             ),
         ),
         example="qjax compare fashion-dit fashion-dit-w4a8 --guidance 2 --out report.html",

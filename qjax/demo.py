@@ -29,7 +29,8 @@ RECIPES = ("w8a8", "w4a8", "w4a16")
 SYSTEMS = ("w4a8", "s2p_w4a8", "ptqd_w4a8", "s2p_ptqd_w4a8")
 SYSTEMS_OF_DIT = (*SYSTEMS[:3], "q_dit_w4a8", "q_dit_s2p_ptqd_w4a8")
 ITERATIONS = 300
-REPEATS = 3
+# Timed runs behind every speed; more where the demo takes its time anyway.
+REPEATS, REPEATS_OF_FULL = 3, 7
 RESULTS = "demo.json"
 INDEX = "index.html"
 
@@ -103,6 +104,7 @@ def run_demo(
     steps: int,
     names: Mapping[str, Sequence[str]],
     seed: int,
+    thorough: bool,
     phases: Phases,
     tell: Tell,
 ) -> list[Shown]:
@@ -115,6 +117,8 @@ def run_demo(
       steps: Steps of the sampler.
       names: Recipes by model.
       seed: Of the noise.
+      thorough: Whether speeds are medians of more runs, and the effect of every layer alone is
+        measured.
       phases: Counts the seconds of each phase.
       tell: Progress: called with work done, all work and what comes next.
 
@@ -128,14 +132,16 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RESULTS).exists():
         save_results(out, {})  # the folder is a demo's from now on, and can be gone on with
-    work = {model: 2 * len(names[model]) + 2 + REPEATS for model in models}
+    repeats = REPEATS_OF_FULL if thorough else REPEATS
+    each = 3 if thorough else 2
+    work = {model: each * len(names[model]) + 2 + repeats for model in models}
     shown, begin = [], 0
     for model in models:
 
         def here(done: float, words: str, begin: int = begin, model: str = model) -> None:
             tell(begin + done, sum(work.values()), f"{model}, {words}")
 
-        shown.append(_one(model, out, images, steps, names[model], seed, phases, here))
+        shown.append(_one(model, out, images, steps, names[model], seed, thorough, phases, here))
         begin += work[model]
     _write_index(out, shown)
     return shown
@@ -148,6 +154,7 @@ def _one(
     steps: int,
     names: Sequence[str],
     seed: int,
+    thorough: bool,
     phases: Phases,
     tell: Callable[[float, str], None],
 ) -> Shown:
@@ -181,7 +188,9 @@ def _one(
             steps=steps,
             guidance_scale=GUIDANCE,
             seed=seed,
-            repeats=REPEATS,
+            repeats=REPEATS_OF_FULL if thorough else REPEATS,
+            sensitivity=thorough,
+            recipes={name: recipes.by_name(name) for name in names},
             on_progress=progress,
         )
     found = _with_files(out, found, folders, sizes)

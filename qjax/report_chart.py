@@ -111,7 +111,7 @@ def _y_axis(low: float, high: float, logarithmic: bool, place: Callable[[float],
         y = f"{100 - 100 * place(tick):.2f}%"
         parts.append(
             f'<line class="gridline" x1="0" x2="100%" y1="{y}" y2="{y}"></line>'
-            f'<text x="-8" y="{y}" dy="4" text-anchor="end">{tick:.4g}</text>'
+            f'<text x="-8" y="{y}" dy="5" text-anchor="end">{tick:.4g}</text>'
         )
     return "".join(parts)
 
@@ -121,11 +121,11 @@ def _x_axis(report: ComparisonReport, steps: int) -> str:
     parts = []
     for step in _step_ticks(steps):
         x = f"{_across(step - 1, steps):.2f}%"
-        parts.append(f'<text x="{x}" y="100%" dy="18" text-anchor="middle">{step}</text>')
+        parts.append(f'<text x="{x}" y="100%" dy="20" text-anchor="middle">{step}</text>')
     parts.append(
-        '<text x="0" y="100%" dy="38" text-anchor="start">noise</text>'
-        '<text x="50%" y="100%" dy="38" text-anchor="middle">sampling step</text>'
-        '<text x="100%" y="100%" dy="38" text-anchor="end">picture</text>'
+        '<text x="0" y="100%" dy="42" text-anchor="start">noise</text>'
+        '<text x="50%" y="100%" dy="42" text-anchor="middle">sampling step</text>'
+        '<text x="100%" y="100%" dy="42" text-anchor="end">picture</text>'
     )
     return "".join(parts)
 

@@ -46,6 +46,10 @@ class LayerResult:
       bytes_float: Bytes of its weights before.
       bytes_quantized: Bytes after, scales and zero points included.
       reason: Why it was left in float; required there, empty elsewhere.
+      weight_sqnr: Signal to quantization noise, in dB, of its weights as they are stored
+        against the float model's; None where it was left in float or nothing can be compared.
+      output_sqnr: The same of the network's answers with this layer's weights alone quantized;
+        None where it was not measured.
     """
 
     path: str
@@ -57,6 +61,8 @@ class LayerResult:
     bytes_float: int
     bytes_quantized: int
     reason: str = ""
+    weight_sqnr: float | None = None
+    output_sqnr: float | None = None
 
     def __post_init__(self):
         if self.weight_bits is None and not self.reason.strip():
@@ -167,6 +173,7 @@ class VariantResult:
       distances: Distances between sets of pictures.
       agreement: None for models without classes.
       layers: Every layer of the model, in the model's order.
+      settings: How it was quantized, a name and words for each matter.
       notes: Whatever a reader should know, a sentence each.
     """
 
@@ -181,6 +188,7 @@ class VariantResult:
     distances: tuple[FeatureDistance, ...] = ()
     agreement: ClassAgreement | None = None
     layers: tuple[LayerResult, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -213,6 +221,8 @@ class ComparisonReport:
       float_dtype: What those are stored in.
       variants: At least one, with different names.
       timesteps: Training timestep at each sampling step, `s` of them; empty if none.
+      worst_shown: How many of the pictures shown, the last ones, were chosen because they are
+        the least alike of all that were drawn.
       notes: Whatever a reader should know, a sentence each.
 
     Raises:
@@ -231,6 +241,7 @@ class ComparisonReport:
     float_dtype: str = "float32"
     variants: tuple[VariantResult, ...]
     timesteps: tuple[float, ...] = ()
+    worst_shown: int = 0
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -261,6 +272,8 @@ def _problems(report: ComparisonReport) -> list[str]:
         found.append(f"seeds must be one a picture; got {n} for {len(images)}")
     if report.labels and len(report.labels) != n:
         found.append(f"labels must be one a seed; got {len(report.labels)} for {n}")
+    if not 0 <= report.worst_shown <= n:
+        found.append(f"worst_shown must be at most the pictures, {n}; got {report.worst_shown}")
     if report.bytes_float <= 0:
         found.append(f"bytes_float must be positive; got {report.bytes_float}")
     if not report.variants:

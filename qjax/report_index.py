@@ -1,7 +1,7 @@
 """One page over several reports: a table and a strip of pictures each, and links to the rest."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -11,12 +11,14 @@ from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import Float
 from qjax.report import table_rows
 from qjax.report_data import ComparisonReport
-from qjax.report_page import POLICY
+from qjax.report_page import document, glossary
 from qjax.report_pictures import data_uri, picture
-from qjax.report_style import CSS
+from qjax.report_words import Verdict
+
+FOOTER = "This page loads nothing from the network. The links lead to files beside it."
 
 STRIPS = """
-a { color: var(--link); }
+a { color: var(--link); display: inline-block; padding: 11px 0; }
 .strips { display: grid; gap: 6px 12px; grid-template-columns: auto 1fr; align-items: center;
   margin: 14px 0; font-size: 0.9rem; }
 .strips img { display: block; width: 100%; max-width: 640px; border-radius: 6px; }
@@ -44,27 +46,27 @@ def save_index(
 ) -> None:
     """Write the page; what stood at `path` stays whole until the new file is complete."""
     paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}{STRIPS}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(title)}</h1>{paragraphs}</header>\n<main>\n"
-        + "\n".join(map(_section, entries))
-        + "\n</main>\n<footer></footer>\n</body>\n</html>\n"
+    parts = (
+        f"<header><h1>{escape(title)}</h1>{paragraphs}</header>",
+        "<main>",
+        *map(_section, entries),
+        glossary(),
+        "</main>",
+        f"<footer><p>{FOOTER}</p></footer>",
     )
+    page = document(title, "\n".join(parts), style=STRIPS)
     with atomic_write(path) as file:
         file.write(page.encode())
 
 
 def _section(entry: Entry) -> str:
     report = entry.report
-    links = " · ".join(
+    links = " &nbsp; ".join(
         f'<a href="{escape(address)}">{escape(words)}</a>' for words, address in entry.links
     )
     notes = "".join(f'<p class="soft small">{escape(note)}</p>' for note in report.notes)
     return (
-        f"<section><h2>{escape(report.model)}</h2>"
+        f"<section><h2>{escape(report.title)}</h2><p>{escape(report.model)}.</p>"
         f'<p class="soft small">{escape(report.device)}; {escape(report.sampler)}</p>'
         f"<p>{links}</p>{_table(entry)}{_strips(report)}{notes}</section>"
     )
@@ -73,21 +75,37 @@ def _section(entry: Entry) -> str:
 def _table(entry: Entry) -> str:
     report = entry.report
     heads = "".join(f'<th scope="col">{escape(v.name)}</th>' for v in report.variants)
-    rows = []
+    rows: list[tuple[str, str, tuple[Verdict, ...], list[str]]] = []
     for name, float_cell, verdicts in table_rows(report):
-        cells = "".join(f'<td class="{v.tone}">{escape(v.text)}</td>' for v in verdicts)
-        rows.append(_line(name, float_cell, cells))
+        below = [""] * len(verdicts)
+        if not name:  # what to think of the numbers above: one cell for both
+            name, float_cell, above, _ = rows.pop()
+            below = [verdict.text for verdict in above]
+        rows.append((name, float_cell, tuple(verdicts), below))
+    lines = [
+        _line(name, float_cell, map(_cell, cells, below)) for name, float_cell, cells, below in rows
+    ]
     for name, float_cell, *texts in entry.extra:
-        rows.append(_line(name, float_cell, "".join(f"<td>{escape(text)}</td>" for text in texts)))
+        lines.append(_line(name, float_cell, (f"<td>{escape(text)}</td>" for text in texts)))
     return (
-        '<div class="scroll"><table class="numbers"><thead><tr><th></th>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="The numbers, a table">'
+        '<table class="numbers"><thead><tr><td></td>'
         f'<th scope="col">float<small>{escape(report.float_dtype)}</small></th>{heads}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _line(name: str, float_cell: str, cells: str) -> str:
-    return f'<tr><th scope="row">{escape(name)}</th><td>{escape(float_cell)}</td>{cells}</tr>'
+def _cell(verdict: Verdict, below: str) -> str:
+    small = f"<small>{escape(below)}</small>" if below else ""
+    return f'<td class="{verdict.tone}">{escape(verdict.text)}{small}</td>'
+
+
+def _line(name: str, float_cell: str, cells: Iterable[str]) -> str:
+    title = name[:1].upper() + name[1:]
+    return (
+        f'<tr><th scope="row">{escape(title)}</th><td>{escape(float_cell)}</td>'
+        f"{''.join(cells)}</tr>"
+    )
 
 
 def _strips(report: ComparisonReport) -> str:
@@ -98,7 +116,14 @@ def _strips(report: ComparisonReport) -> str:
         f'src="{_strip(images)}">'
         for name, images in rows
     )
-    return f'<div class="strips">{cells}</div>'
+    chosen = ""
+    if report.worst_shown:
+        total = len(report.variants[0].psnr)
+        chosen = f" The last {report.worst_shown} came out worst of {total:,}."
+    return (
+        '<p class="soft small after">Pictures from the same noise, a column each.'
+        f'{chosen}</p><div class="strips">{cells}</div>'
+    )
 
 
 def _strip(images: Float[np.ndarray, "n h w c"]) -> str:

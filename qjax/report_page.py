@@ -1,10 +1,13 @@
 """The report's HTML page: every section a function from data to text.
 
 All text that comes from the data goes through `escape`; the script reads it back from the
-page and never sees it as code.
+page and never sees it as code. The page's policy allows that one script, by its hash, and
+nothing from elsewhere.
 """
 
-from collections.abc import Callable, Iterable
+import base64
+import hashlib
+from collections.abc import Iterable
 from html import escape
 
 import numpy as np
@@ -12,18 +15,23 @@ from PIL import Image
 
 from qjax import report_words as words
 from qjax.report_chart import error_chart
-from qjax.report_data import ComparisonReport, LayerResult, VariantResult
+from qjax.report_data import ComparisonReport, VariantResult
 from qjax.report_pictures import data_uri, error_ceiling, error_picture, heat_palette, picture
+from qjax.report_sensitivity import layers_section, reasons
 from qjax.report_style import CSS, JS
 from qjax.report_words import Verdict
+from qjax.report_worse import losses, not_measured
 
-__all__ = ["render_html"]
+__all__ = ["document", "glossary", "render_html"]
 
 # Shorter side, in pixels, below which a picture is shown as blocks instead of smoothed.
 SMALL_PICTURE = 128
 
 # Script and style are inline, pictures are `data:`; nothing else may load.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; script-src "
+)
 
 GLOSSARY = (
     (
@@ -50,7 +58,7 @@ GLOSSARY = (
     ),
     (
         "Class agreement",
-        ("How often a classifier sees in a picture what the model was asked to draw."),
+        "How often a classifier sees in a picture what the model was asked to draw.",
     ),
     (
         "Error per step",
@@ -62,9 +70,35 @@ GLOSSARY = (
     (
         "W4A8",
         (
-            "Weights stored in 4 bits, the numbers flowing between layers rounded to 8. Weights in "
-            "the same group share one scale."
+            "Weights stored in 4 bits, the numbers flowing between layers rounded to 8. A16: those "
+            "stay in float."
         ),
+    ),
+    (
+        "Groups and scales",
+        (
+            "A stored weight is a small integer; times a scale it is the weight again. Weights of "
+            "one group share a scale: small groups are closer, and cost more scales."
+        ),
+    ),
+    (
+        "Tensor, kernel",
+        (
+            "A tensor is a block of the model's numbers. A kernel is the large one of a layer, by "
+            "which its input is multiplied. Biases and norms are small and stay in float."
+        ),
+    ),
+    (
+        "Weights moved, answer moved",
+        (
+            "How far a layer's stored weights are from the float ones, and how far the network's "
+            "answer is with that layer alone quantized, as a share of their size (relative L2; "
+            "10 % is a signal to noise ratio, SQNR, of 20 dB, 1 % of 40 dB)."
+        ),
+    ),
+    (
+        "95 % interval",
+        "Where the mean would lie in 95 of 100 such comparisons, by drawing from these pictures.",
     ),
 )
 
@@ -76,21 +110,39 @@ def render_html(report: ComparisonReport) -> str:
         "<main>",
         _cards(report),
         _slider(report),
+        _worse(report),
+        _how(report),
         _numbers(report),
         _pictures(report),
         _errors(report),
-        _layers(report),
-        _glossary(report),
+        layers_section(report),
+        glossary(),
         "</main>",
         _footer(report),
     )
+    body = "\n".join(section for section in sections if section)
+    return document(report.title, body, script=JS)
+
+
+def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
+    """A page that is complete in itself and may load nothing.
+
+    Args:
+      title: Of the page; escaped here.
+      body: HTML.
+      style: Added to the common style sheet.
+      script: The one script of the page; no other can run.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = POLICY + (f"'sha256-{digest}'" if script else "'none'")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n<script>{JS}</script>\n</body>\n</html>\n"
+        f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>{CSS}{style}</style>\n</head>\n<body>\n{body}"
+        + (f"\n<script>{script}</script>" if script else "")
+        + "\n</body>\n</html>\n"
     )
 
 
@@ -110,7 +162,7 @@ def _header(report: ComparisonReport) -> str:
     )
     return (
         f"<header><h1>{escape(report.title)}</h1>{_paragraphs([words.lede(report)])}"
-        f'{_paragraphs(report.notes)}<dl class="facts">{items}</dl></header>'
+        f'<dl class="facts">{items}</dl></header>'
     )
 
 
@@ -122,7 +174,8 @@ def _stat(verdict: Verdict, below: str) -> str:
 
 
 def _cards(report: ComparisonReport) -> str:
-    return '<div class="cards">' + "".join(_card(report, v) for v in report.variants) + "</div>"
+    cards = "".join(_card(report, variant) for variant in report.variants)
+    return f'<section><h2>In short</h2><div class="cards rows">{cards}</div></section>'
 
 
 def _card(report: ComparisonReport, variant: VariantResult) -> str:
@@ -151,8 +204,8 @@ def _card(report: ComparisonReport, variant: VariantResult) -> str:
         + _paragraphs(variant.notes, "soft")
     )
     return (
-        f'<article class="card"><h2>{escape(variant.name)}</h2>'
-        f'<p class="soft" style="margin:0">{escape(variant.how)}.</p>'
+        f'<article class="card"><h3>{escape(variant.name)}</h3>'
+        f'<p class="soft how">{escape(variant.how)}.</p>'
         f'<div><div class="bar" role="img" aria-label="{share:.0%} of the float model’s bytes">'
         f'<i style="width:{min(share, 1):.1%}"></i></div>'
         f'<span class="soft small">{share:.0%} of the float model’s bytes</span></div>'
@@ -200,9 +253,11 @@ def _numbers(report: ComparisonReport) -> str:
         ),
     )
     return (
-        '<section><h2>The numbers</h2><div class="scroll"><table class="numbers"><thead><tr>'
-        f'<th></th><th scope="col">float<small>{escape(report.float_dtype)}</small></th>{heads}'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+        '<section><h2>The numbers</h2><div class="scroll" tabindex="0" role="region" '
+        'aria-label="The numbers, a table"><table class="numbers"><thead><tr>'
+        f'<td></td><th scope="col">float<small>{escape(report.float_dtype)}</small></th>{heads}'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{_paragraphs(report.notes, 'soft small after')}</section>"
     )
 
 
@@ -289,12 +344,12 @@ def _slider(report: ComparisonReport) -> str:
     h, w = report.float_images.shape[1:3]
     return (
         '<section class="needs-script" hidden><h2>Before and after</h2>'
-        '<p class="soft">Drag across the picture: float on the left of the line, quantized on '
-        f'the right.</p><div class="stage-box"><div class="stage{_pixels(report)}" '
+        '<p class="soft">Drag across the picture, or use the arrow keys: float on the left of the '
+        f'line, quantized on the right.</p><div class="stage-box"><div class="stage{_pixels(report)}" '
         f'style="aspect-ratio:{w}/{h}"><img alt=""><img class="over" alt="">'
         '<div class="edge"></div><span class="tag left">float</span>'
         '<span class="tag right"></span><input type="range" min="0" max="100" value="50" '
-        'aria-label="How much of the picture shows the float model"></div>'
+        'aria-label="Share of the picture that shows the float model"></div>'
         '<div><h3>Version</h3><div class="choices" data-variants></div><h3>Picture</h3>'
         f'<div class="choices{_pixels(report)}" data-seeds></div>'
         f'<figure class="zoom{_pixels(report)}"><img class="map" alt=""><figcaption aria-live='
@@ -314,10 +369,15 @@ def _pictures(report: ComparisonReport) -> str:
     width = 112 * (1 + len(report.variants)) + 40
     seeds = "".join(_seed(report, i, ceiling) for i in range(len(report.seeds)))
     palette = Image.fromarray(heat_palette()[None, :255])
+    count = len(report.variants[0].psnr)
+    chosen = ""
+    if report.worst_shown:
+        of = f"the {report.worst_shown} that came out worst of {count:,}"
+        chosen = f" The last are {of}; the others are simply the first."
     return (
         "<section><h2>Same noise, side by side</h2>"
         '<p class="soft">Above, the pictures; below each, where and how much it differs from '
-        "the float model’s. All maps share one colour scale.</p>"
+        f"the float model’s. All maps share one colour scale.{chosen}</p>"
         f'<div class="heat"><span>no error</span><img alt="colour scale" '
         f'src="{data_uri(palette)}"><span>{escape(words.percent_text(ceiling))} of the full '
         'range, or more</span></div><div class="seeds" style="grid-template-columns:'
@@ -366,69 +426,47 @@ def _errors(report: ComparisonReport) -> str:
     )
 
 
-def _layers(report: ComparisonReport) -> str:
-    parts = [_variant_layers(variant) for variant in report.variants if variant.layers]
-    if not parts:
+def _worse(report: ComparisonReport) -> str:
+    cards = []
+    for variant in report.variants:
+        found = losses(report, variant)
+        text = _facts([(loss.what, loss.text) for loss in found])
+        if not found:
+            text = "<p>Nothing that was measured got worse.</p>"
+        if missing := not_measured(variant):
+            text += f'<p class="soft">Not measured: {escape("; ".join(missing))}.</p>'
+        cards.append(f'<article class="card"><h3>{escape(variant.name)}</h3>{text}</article>')
+    return (
+        '<section><h2>What got worse</h2><p class="soft">Fewer bits always cost something. This is '
+        "all of it that was measured, the worst by name, and what was not measured.</p>"
+        f'<div class="cards">{"".join(cards)}</div></section>'
+    )
+
+
+def _how(report: ComparisonReport) -> str:
+    cards = [
+        f'<article class="card"><h3>{escape(variant.name)}</h3>{_facts(variant.settings)}'
+        f"{reasons(variant, paths=False)}</article>"
+        for variant in report.variants
+        if variant.settings
+    ]
+    if not cards:
         return ""
-    return f"<section><h2>Layer by layer</h2>{''.join(parts)}</section>"
-
-
-def _variant_layers(variant: VariantResult) -> str:
-    kept = variant.float_layers
-    summary = (
-        f"<summary>{escape(variant.name)} <span>{len(variant.quantized_layers)} of "
-        f"{len(variant.layers)} layers quantized, {len(kept)} left in float</span></summary>"
-    )
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ("layer", "kind", "shape", "bits", "group", "float", "now")
-    )
-    rows = "".join(_layer_row(layer) for layer in variant.layers)
-    table = (
-        '<div class="scroll tall" tabindex="0"><table class="layers"><thead><tr>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-    return f"<details>{summary}{_reasons(kept)}{table}</details>"
-
-
-def _reasons(kept: tuple[LayerResult, ...]) -> str:
-    """Layers left in float, gathered by reason."""
-    if not kept:
-        return '<p class="soft">No layer was left in float.</p>'
-    paths: dict[str, list[str]] = {}
-    for layer in kept:
-        paths.setdefault(layer.reason, []).append(layer.path)
-    items = "".join(
-        f"<li><b>{escape(reason)}</b> <span class='soft'>({len(found)})</span><br>"
-        + ", ".join(f"<code>{escape(path)}</code>" for path in found)
-        + "</li>"
-        for reason, found in paths.items()
-    )
     return (
-        '<p class="small soft" style="margin:6px 0 0">Left in float, and why:</p>'
-        f'<ul class="reasons">{items}</ul>'
+        '<section><h2>How it was quantized</h2><p class="soft">Everything that was chosen, so that '
+        f'it can be done again.</p><div class="cards">{"".join(cards)}</div></section>'
     )
 
 
-def _layer_row(layer: LayerResult) -> str:
-    css = "" if layer.weight_bits is not None else ' class="kept"'
-    group: Callable[[int | None], str] = lambda size: "–" if size is None else str(size)
-    cells = (
-        layer.kind,
-        " × ".join(map(str, layer.shape)),
-        words.bits_text(layer),
-        group(layer.group_size),
-        words.bytes_text(layer.bytes_float),
-        words.bytes_text(layer.bytes_quantized),
+def _facts(pairs: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in pairs
     )
-    return (
-        f'<tr{css}><td class="mono">{escape(layer.path)}</td>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-    )
+    return f'<dl class="said">{rows}</dl>'
 
 
-def _glossary(report: ComparisonReport) -> str:
+def glossary() -> str:
+    """What the terms of the pages mean, as a section."""
     items = "".join(
         f"<div><dt>{escape(term)}</dt><dd>{escape(meaning)}</dd></div>"
         for term, meaning in GLOSSARY

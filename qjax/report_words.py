@@ -20,6 +20,7 @@ __all__ = [
     "breakage",
     "bytes_text",
     "cost_sentences",
+    "count_text",
     "distance_rows",
     "distance_text",
     "distance_verdict",
@@ -27,10 +28,13 @@ __all__ = [
     "fidelity_sentences",
     "fidelity_verdict",
     "float_seconds",
+    "layer_text",
     "lede",
     "likeness",
     "loss_sentences",
     "mean_and_interval",
+    "noise_share",
+    "noise_text",
     "number_text",
     "percent_text",
     "seconds_text",
@@ -43,6 +47,8 @@ __all__ = [
 NBSP = "\N{NO-BREAK SPACE}"
 # Two times that differ by less are not told apart: about what medians vary between runs.
 SAME_SPEED = 0.02
+# PSNR in dB below which a difference is plain to everybody, as a rule of thumb.
+PLAIN = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,31 @@ def bytes_text(count: int) -> str:
     if count < 1000:
         return f"{count}{NBSP}bytes"
     return _scaled(count, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+
+
+def count_text(count: int) -> str:
+    """A count in words where it is large: `"1.87 million"`."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{number_text(count / size)}{NBSP}{word}"
+    return f"{count:,}"
+
+
+def noise_share(sqnr: float) -> float:
+    """Size of the noise as a share of the signal's, of an SQNR in dB: 20 dB is 0.1."""
+    return float(10.0 ** (-sqnr / 20))
+
+
+def noise_text(sqnr: float) -> str:
+    """The same in percent, or that the noise is no number."""
+    return (
+        "not a number" if np.isneginf(sqnr) or np.isnan(sqnr) else percent_text(noise_share(sqnr))
+    )
+
+
+def layer_text(layer: LayerResult) -> str:
+    """Path of a layer, without the name of its kernel."""
+    return layer.path.removesuffix("/kernel")
 
 
 def seconds_text(seconds: float) -> str:
@@ -131,7 +162,7 @@ def mean_and_interval(values: np.ndarray) -> Interval | None:
 
 
 def fidelity_verdict(variant: VariantResult) -> Verdict:
-    """Mean PSNR in dB, or that the pictures are equal, or broken."""
+    """Mean PSNR in dB, bad where everybody sees it, or that the pictures are equal, or broken."""
     broken, equal = int(np.isnan(variant.psnr).sum()), int(np.isposinf(variant.psnr).sum())
     if broken:
         return Verdict(text=f"{broken} of {len(variant.psnr)} broken", tone="bad")
@@ -139,7 +170,8 @@ def fidelity_verdict(variant: VariantResult) -> Verdict:
         return Verdict(text="identical", tone="good")
     interval = mean_and_interval(variant.psnr)
     mean = interval.estimate if interval else float("nan")
-    return Verdict(text=f"{mean:.1f}{NBSP}dB PSNR", tone="even")
+    tone: Literal["bad", "even"] = "bad" if mean < PLAIN else "even"
+    return Verdict(text=f"{mean:.1f}{NBSP}dB PSNR", tone=tone)
 
 
 def likeness(variant: VariantResult) -> str:
@@ -153,7 +185,7 @@ def likeness(variant: VariantResult) -> str:
         return "hard to tell apart by eye"
     if interval.estimate >= 30:
         return "small differences, seen up close"
-    if interval.estimate >= 20:
+    if interval.estimate >= PLAIN:
         return "details visibly differ"
     return "visibly different pictures"
 
@@ -204,7 +236,7 @@ def lede(report: ComparisonReport) -> str:
     return (
         f"The model: {report.model}. Here it is compared with {versions} of itself. Quantizing "
         f"stores the numbers a model is made of in fewer bits than {report.float_dtype}: the "
-        "model becomes smaller, it may run faster or slower, and its pictures change a little. "
+        "model becomes smaller, it may run faster or slower, and its pictures change. "
         "Every pair of pictures starts from the same random noise, so whatever differs "
         "between the two was caused by quantization."
     )

@@ -40,6 +40,15 @@ def few_programs():
         drop_programs()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Says what could not be tested on this machine, which a count of skips hides."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = {report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)}
+    for reason in sorted(reasons):
+        if "NOT TESTED" in reason:
+            terminalreporter.write_line(reason.removeprefix("Skipped: "))
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

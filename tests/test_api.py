@@ -8,18 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 
 import qjax
 from qjax import api, recipes, report_judge, zoo
-from qjax.core.config import QuantConfig, WeightSpec
+from qjax.core import metrics
+from qjax.core.config import QuantConfig, Rule, WeightSpec
+from qjax.core.layers import LOW_RANK
 from qjax.core.qtensor import is_qtensor
+from qjax.core.serialize import flatten
+from qjax.layer_errors import weight_sqnr
 from qjax.models.conditioners import TextConditioner
 from qjax.models.loading import _why_not_drawn
 from qjax.models.samplers import DDIM, DDPM
 from qjax.models.unet2d_condition import UNet2DConditionModel
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
+from qjax.report_how import settings_of
 from qjax.report_layers import how_quantized, layer_results
 from qjax.timing import Phases, interleaved
+from qjax.zoo.data import CLASSES
 
 MODEL = "fashion-dit"
 QUICK = {"num_images": 2, "steps": 1, "repeats": 0}
@@ -245,6 +252,110 @@ def test_a_page_that_is_no_page_is_refused_before_anything_is_drawn(pipe, qpipe,
     with pytest.raises(ValueError, match="ends in .html"):
         qjax.compare(pipe, qpipe, out=tmp_path / "report.png")
     assert not any(tmp_path.iterdir())
+
+
+def test_every_quantized_layer_tells_how_far_its_weights_moved(pipe, qpipe):
+    (variant,) = qjax.compare(pipe, {"w8a8": qpipe}, **QUICK).variants
+    floats, stored = dict(flatten(pipe.params)), dict(flatten(qpipe.params))
+    assert len(variant.quantized_layers) > 20
+    for layer in variant.quantized_layers:
+        w = np.asarray(floats[layer.path])
+        expected = metrics.sqnr(np.asarray(stored[layer.path].dequantize(jnp.float32)), w)
+        assert layer.weight_sqnr == pytest.approx(expected) and expected > 35
+        assert layer.output_sqnr is None
+    assert all(layer.weight_sqnr is None for layer in variant.float_layers)
+
+
+def test_sensitivity_is_how_far_the_answer_moves_with_one_layer_quantized(pipe):
+    coarse = "blocks_1/mlp/fc1/kernel"
+    rule = Rule(pattern=coarse, weight=WeightSpec(bits=2))
+    quantized = qjax.quantize(pipe, QuantConfig(rules=(rule,), weight=WeightSpec(bits=8)))
+    asked = {"labels": [1, 7], "steps": 1, "guidance_scale": 2.0}
+    (variant,) = qjax.compare(
+        pipe, quantized, **asked, repeats=0, sensitivity=True, recipes={"quantized": "my own"}
+    ).variants
+    found = {layer.path: layer.output_sqnr for layer in variant.quantized_layers}
+    assert all(np.isfinite(sqnr) for sqnr in found.values())
+    assert min(found, key=found.get) == coarse
+    assert dict(variant.settings)["Recipe"] == "my own"
+
+    _, trajectory = pipe(**asked, key=jax.random.key(0), return_trajectory=True)
+    leaves_ = dict(flatten(pipe.params))
+    leaves_[coarse] = dict(flatten(quantized.params))[coarse].dequantize(jnp.float32)
+    other = pipe.replace(params=traverse_util.unflatten_dict(leaves_, sep="/"))
+    # Both halves of guidance, one after the other, without a scale.
+    x_t, t = trajectory.x_t[0], jnp.int32(pipe.sampler.timesteps(1)[0])
+    answers = [
+        np.concatenate([one.predict(x_t, t, labels) for labels in ([1, 7], None)])
+        for one in (other, pipe)
+    ]
+    assert found[coarse] == pytest.approx(float(metrics.sqnr(*answers)), abs=0.01)
+
+
+def test_sensitivity_needs_a_float_model(pipe, qpipe):
+    with pytest.raises(ValueError, match="float pipeline without a step table"):
+        qjax.compare(qpipe, qpipe, **QUICK, sensitivity=True)
+
+
+def test_weights_that_stand_for_other_numbers_are_not_compared(pipe, qpipe):
+    assert weight_sqnr(pipe.params, qpipe.replace(smoothed=True)) == {}
+    doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), pipe.params)
+    assert weight_sqnr(doubled, qpipe) == {}
+
+
+def test_a_low_rank_branch_counts_as_part_of_its_kernel():
+    rng = np.random.default_rng(0)
+    w, down, up = (rng.normal(size=s).astype(np.float32) for s in ((32, 16), (32, 2), (2, 16)))
+    strength = np.array([0.5, 2.0], np.float32)
+    low = (down * strength) @ up
+    config = QuantConfig(weight=WeightSpec(bits=4))
+    q = qjax.quantize({"kernel": w - low}, config, box=False)["kernel"]
+    branch = dict(zip(LOW_RANK, (down, up, strength), strict=True))
+    pipe = qjax.Pipeline.from_apply(
+        lambda variables, x_t, t, labels: x_t, {"a": {"kernel": q, **branch}}, DDIM(), (8, 8, 1)
+    )
+    found = weight_sqnr({"a": {"kernel": w}}, pipe)
+    expected = metrics.sqnr(np.asarray(q.dequantize(jnp.float32)) + low, w)
+    assert found == {"a/kernel": pytest.approx(float(expected))} and expected > 10
+
+
+def test_of_many_pictures_the_worst_are_shown_too(pipe, qpipe):
+    report = qjax.compare(pipe, qpipe, num_images=12, steps=1, repeats=0)
+    (variant,) = report.variants
+    assert report.worst_shown == 2 and report.seeds[:6] == tuple(range(6))
+    assert variant.psnr.shape == (12,) and variant.psnr[6] <= variant.psnr[7]
+    assert variant.psnr[7] <= variant.psnr[8:].min()
+    shown = metrics.psnr(variant.images, report.float_images, data_range=1.0)
+    np.testing.assert_allclose(shown, variant.psnr[:8])
+    worst = report.seeds[6]
+    again = pipe(labels=[worst % 10], start_index=worst, steps=1, key=jax.random.key(0))
+    np.testing.assert_allclose(again[0], report.float_images[6], atol=1e-4)
+    assert report.labels[6] == CLASSES[worst % 10]
+
+
+def test_how_a_model_was_quantized_is_read_from_what_it_remembers(pipe, qpipe):
+    def said(pipe, recipe=None):
+        return dict(settings_of(pipe, layer_results(pipe.params, pipe.quant), recipe))
+
+    found = said(qpipe)
+    assert found["Recipe"] == "the rules of w8a8"
+    assert "8-bit integers, 255 levels each" in found["Weights"]
+    assert found["Groups"].startswith("All weights of an output channel share one scale")
+    assert "The range is mirrored at zero" in found["Rounding"]
+    assert found["Inputs of layers"].startswith("8-bit integers, the range is taken")
+    assert found["Calibration"] == "None that the model remembers"
+    assert found["Left in float"].endswith("as float16")
+    assert said(qpipe, recipes.w8a8())["Calibration"] == "None: no data was needed"
+    calibrated = said(qpipe, recipes.ptqd_w8a8())
+    assert calibrated["Recipe"] == "ptqd_w8a8" and "noise corrected" in calibrated["Calibration"]
+    smoothed = said(qpipe.replace(smoothed=True))
+    assert smoothed["Recipe"] == "rules of its own" and "moved from" in smoothed["Calibration"]
+    assert said(pipe) == {}
+
+
+def test_a_recipe_for_a_variant_that_is_not_there_is_named(pipe, qpipe):
+    with pytest.raises(ValueError, match="names of variants, w8a8; got also w4"):
+        qjax.compare(pipe, {"w8a8": qpipe}, recipes={"w4": "w4a8"}, **QUICK)
 
 
 def test_a_model_made_from_other_weights_is_told(pipe, qpipe):

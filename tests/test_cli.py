@@ -357,8 +357,10 @@ def test_a_saved_folder_goes_round_through_the_command_line(run, saved, tmp_path
     assert (result.status, result.err) == (0, "")
     assert "dB PSNR" in result.out and str(page) in result.out
     assert files(page.parent) == ["report.html", "report.png"]
-    document = json.loads(run(*words, "--repeats", "0", "--json").out)
+    document = json.loads(run(*words, "--repeats", "0", "--sensitivity", "--json").out)
     (variant,) = document["variants"]
+    assert min(layer["output_sqnr"] for layer in variant["layers"] if layer["weight_bits"]) > 20
+    assert ["Recipe", "the rules of w8a8"] in variant["settings"]
     assert variant["name"] == "w8a8" and variant["timing"] is None
     assert min(map(float, variant["psnr"])) > 20
     assert document["out"] is None

@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import hashlib
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from qjax import report_pictures
+from qjax import recipes, report_pictures
 from qjax import report_words as words
 from qjax.core import metrics
 from qjax.report import (
@@ -31,6 +33,7 @@ from qjax.report import (
     summary_table,
 )
 from qjax.report_chart import _linear_ticks, _log_ticks, _range, _step_ticks
+from qjax.report_how import STAGES
 from qjax.report_pictures import (
     NOT_FINITE,
     error_ceiling,
@@ -38,6 +41,7 @@ from qjax.report_pictures import (
     heat_palette,
     picture,
 )
+from qjax.report_worse import losses, not_measured
 
 HOSTILE = """<script>alert("1")</script>&'"""
 
@@ -58,6 +62,7 @@ def make_layers():
         group_size=32,
         bytes_float=49152,
         bytes_quantized=6912,
+        weight_sqnr=20.0,
     )
     kept = LayerResult(
         path="patch_embed/kernel",
@@ -95,6 +100,7 @@ def make_variant(reference, name="W4A8", error=0.05, **changes):
         ),
         "agreement": ClassAgreement(value=0.96, value_float=0.98, net="zoo classifier", n=512),
         "layers": make_layers(),
+        "settings": (("Recipe", "w4a8"), ("Groups", "32 weights share one scale")),
         "notes": ("Ranges are taken at every step.",),
     }
     return VariantResult(**(fields | changes))
@@ -128,7 +134,7 @@ def with_variant(report=None, **changes):
 class Page(HTMLParser):
     """Checks that tags nest, and collects text and attributes."""
 
-    VOID = frozenset({"meta", "img", "input", "br"})
+    VOID = frozenset({"meta", "img", "input", "br", "link", "wbr"})
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -139,6 +145,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag == "wbr":
+            self.text.append("\0")
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -152,7 +160,7 @@ class Page(HTMLParser):
 
     @property
     def words(self):
-        return " ".join(" ".join(self.text).replace("\xa0", " ").split())
+        return " ".join(" ".join(self.text).replace(" \0 ", "").replace("\xa0", " ").split())
 
     def all(self, tag, css=None):
         return [a for t, a in self.tags if t == tag and (css is None or css in a.get("class", ""))]
@@ -179,12 +187,16 @@ def test_page_loads_nothing_and_forbids_loading():
     without_pictures = re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", without_pictures)
     page = Page(text)
-    assert not page.all("link") and not page.all("iframe")
+    assert [link["href"] for link in page.all("link")] == ["data:,"]  # no icon is asked for
+    assert not page.all("iframe")
     assert all("src" not in script for script in page.all("script"))
     assert all(i["src"].startswith("data:") for i in page.all("img") if "src" in i)
     policy = page.all("meta")[1]
     assert policy["http-equiv"] == "Content-Security-Policy"
     assert policy["content"].startswith("default-src 'none'; img-src data:;")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy["content"].endswith(f"script-src 'sha256-{digest}'")
 
 
 def test_page_is_the_same_for_the_same_data():
@@ -254,7 +266,7 @@ def test_slower_is_said_in_words_and_marked():
 
 def test_page_says_what_is_left_in_float_and_why():
     words_on_page = Page(render_html(make_report())).words
-    assert "1 of 2 layers quantized, 1 left in float" in words_on_page
+    assert "1 of 2 tensors quantized, 1 left in float" in words_on_page
     assert "first layer" in words_on_page
     for text in ("blocks_0/attn/to_q/kernel", "64 × 192", "W4A8", "32", "49.2 kB", "6.91 kB"):
         assert text in words_on_page
@@ -322,6 +334,108 @@ def test_save_html_replaces_the_file_whole(tmp_path):
     save_html(make_report(), path)
     assert path.read_text(encoding="utf-8") == render_html(make_report())
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+# --- What got worse, and how it was made -------------------------------------------------
+
+
+def losses_of(report):
+    found = losses(report, report.variants[0])
+    return {loss.what: loss.text.replace("\xa0", " ") for loss in found}
+
+
+def test_what_got_worse_names_numbers_pictures_step_and_layers():
+    report = with_variant(
+        psnr=np.array([35.0, 18.0, 25.0]), error_per_step=np.array([0.01, 0.02, 0.10, 0.12, 0.13])
+    )
+    said = losses_of(report)
+    assert said["Slower"].endswith("instead of 1.00 ms on a test machine: 2.00× slower.")
+    assert "96.0 % of the pictures instead of 98.0 %: 10 fewer of 512" in said["Off the subject"]
+    assert "FD to the test set rose from 5.00 to 5.50" in said["Further from the reference"]
+    assert said["Pictures"].startswith("2 of 3 differ")
+    assert "1 of them at a glance (below 20 dB)" in said["Pictures"]
+    least = "The least alike of all: seed 4: shoe, 18.0 dB; seed 5: bag, 25.0 dB"
+    assert least in said["Pictures"]
+    assert "most at step 3 of 5, from 2.0 % to 10.0 % of its size" in said["Worst step"]
+    assert said["Worst layers"].endswith("blocks_0/attn/to_q, 10.0 %.")
+    assert "Most sensitive layers" not in said
+
+
+def test_pictures_that_anybody_tells_apart_are_bad_news_and_others_are_not():
+    tone = lambda psnr: words.fidelity_verdict(with_variant(psnr=np.full(3, psnr)).variants[0]).tone
+    assert (tone(19.9), tone(20.1), tone(np.inf)) == ("bad", "even", "good")
+    unseen = losses_of(with_variant(psnr=np.array([35.0, 31.0, np.nan])))["Pictures"]
+    assert unseen.startswith("None of 2 differs") and "seed 4: shoe, 31.0 dB" in unseen
+
+
+def test_the_worst_pictures_are_not_called_the_worst_of_all_when_a_worse_one_is_not_shown():
+    report = with_variant(psnr=np.array([35.0, 18.0, 25.0, 9.0]), ssim=None)
+    assert "The least alike of those shown: seed 4" in losses_of(report)["Pictures"]
+
+
+def test_a_model_that_lost_nothing_has_no_losses():
+    report = make_report()
+    (layer, _) = make_layers()
+    equal = with_variant(
+        images=report.float_images,
+        psnr=np.full(3, np.inf),
+        error_per_step=np.zeros(5),
+        timing=None,
+        distances=(),
+        agreement=None,
+        layers=(dataclasses.replace(layer, weight_sqnr=np.inf, output_sqnr=np.inf),),
+    )
+    assert losses_of(equal) == {}
+    assert "Nothing that was measured got worse." in Page(render_html(equal)).words
+
+
+def test_what_was_not_measured_is_said_so():
+    bare = with_variant(timing=None, ssim=None, distances=(), agreement=None)
+    missing = not_measured(bare.variants[0])
+    assert missing[0] == "speed" and "the effect of each layer alone on the answers" in missing
+    assert "Not measured: speed; SSIM; distances" in Page(render_html(bare)).words
+    assert not_measured(make_report().variants[0]) == missing[-1:]
+
+
+def test_layers_are_ranked_by_their_effect_where_it_was_measured_else_by_their_weights():
+    (layer, kept) = make_layers()
+    layers = tuple(
+        dataclasses.replace(layer, path=f"block_{i}/kernel", weight_sqnr=20.0 + i)
+        for i in range(14)
+    )
+    bars = lambda found: re.findall(
+        r"<li><code>(.*?)</code>.*?<b>(.*?)</b><i [^>]*width:([\d.]+)%",
+        render_html(with_variant(layers=(*found, kept))).replace("<wbr>", ""),
+    )
+    by_weight = bars(layers)
+    assert [path for path, _, _ in by_weight] == [f"block_{i}" for i in range(12)]
+    assert by_weight[0][1:] == ("10.0\xa0%", "100.0") and float(by_weight[11][2]) < 30
+    page = Page(render_html(with_variant(layers=(*layers, kept))))
+    assert "2 more layers move less" in page.words
+    by_effect = bars(dataclasses.replace(one, output_sqnr=60.0 - i) for i, one in enumerate(layers))
+    assert by_effect[0][:2] == ("block_13", "0.4\xa0%")
+    broken = bars((dataclasses.replace(layer, weight_sqnr=-np.inf), layer))
+    assert broken[0][1:] == ("not a number", "100.0") and broken[1][1] == "10.0\xa0%"
+
+
+def test_how_it_was_quantized_is_on_the_page():
+    words_on_page = Page(render_html(make_report())).words
+    assert "How it was quantized" in words_on_page
+    assert "Recipe w4a8 Groups 32 weights share one scale" in words_on_page
+
+
+def test_every_stage_of_a_recipe_has_words():
+    for name in recipes.RECIPES:
+        for stage in recipes.by_name(name).stages:
+            assert type(stage).__name__ in STAGES, name
+
+
+def test_headings_go_down_one_level_at_a_time():
+    levels = [
+        int(tag[1]) for tag, _ in Page(render_html(make_report())).tags if re.match("h[1-6]", tag)
+    ]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
 # --- Words -------------------------------------------------------------------------------

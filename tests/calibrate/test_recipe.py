@@ -11,7 +11,14 @@ import pytest
 
 from qjax.calibrate import programs
 from qjax.calibrate import recipe as recipes
-from qjax.calibrate.recipe import Recipe, State, quant_config, quantize_pipeline, run
+from qjax.calibrate.recipe import (
+    Recipe,
+    State,
+    quant_config,
+    quantize_pipeline,
+    recipe_of_run,
+    run,
+)
 from qjax.calibrate.work import Work
 from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.qtensor import is_qtensor
@@ -198,6 +205,15 @@ def test_the_run_file_says_what_the_folder_is_for(pipe, tmp_path):
     said = json.loads((tmp_path / recipes.RUN).read_text())
     assert said["name"] == "w4a8" and said["seed"] == 7 and said["model"] == "tiny"
     assert said["params"] == params_digest(pipe.params)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{}", b"{", b'{"name": 3}', b"\xff", b"[" * 100_000])
+def test_a_result_tells_its_recipe_where_a_run_wrote_it(tmp_path, text):
+    assert recipe_of_run(tmp_path / "final") is None
+    (tmp_path / "run.json").write_text('{"name": "s2p_w4a8"}')
+    assert recipe_of_run(tmp_path / "final") == "s2p_w4a8"
+    (tmp_path / "run.json").write_bytes(text)
+    assert recipe_of_run(tmp_path / "final") is None
 
 
 def test_a_digest_is_of_the_settings_of_the_stages_so_far():
