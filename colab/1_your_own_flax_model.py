@@ -48,7 +48,7 @@ print(jax.devices())
 # %%
 FULL = False
 
-TRAINING_STEPS = 3000 if FULL else 240
+TRAINING_STEPS = 3000 if FULL else 480
 
 # %% [markdown]
 # ## Something to learn
@@ -98,6 +98,7 @@ show({"data": test_images[:10] / 2 + 0.5})
 #
 # A classifier of your own. Train it, then hand it over.
 
+
 # %%
 class Classifier(nnx.Module):
     def __init__(self, rngs):
@@ -125,7 +126,7 @@ def train_classifier(classifier, optimizer, key):
     optimizer.update(classifier, nnx.grad(loss)(classifier))
 
 
-for key in jax.random.split(jax.random.key(2), TRAINING_STEPS // 3):
+for key in jax.random.split(jax.random.key(2), TRAINING_STEPS // 6):
     train_classifier(classifier, optimizer, key)
 
 
@@ -172,9 +173,11 @@ for bits in (8, 4, 3, 2):
 # %% [markdown]
 # ## A Linen model
 #
-# A diffusion model learns to tell the noise in a noisy picture `x_t`; a sampler turns pure noise
-# into a picture by asking it again and again. This network is a small U-Net with an attention layer,
-# written with Flax's own layers.
+# A diffusion model learns to tell what is behind a noisy picture `x_t`: here the clean picture itself
+# (`prediction_type="sample"`), often the noise. A sampler turns pure noise into a picture by asking it
+# again and again. This network is a small U-Net with an attention layer, written with Flax's own
+# layers.
+
 
 # %%
 class Denoiser(nn.Module):
@@ -213,7 +216,7 @@ from qjax.models.schedules import Schedule
 schedule = Schedule.linear()  # how much noise there is at each of 1,000 timesteps
 model = Denoiser()
 params = model.init(jax.random.key(0), test_images[:1], jnp.zeros(1), test_labels[:1])["params"]
-adam = optax.adam(optax.cosine_decay_schedule(2e-3, TRAINING_STEPS))
+adam = optax.adam(optax.cosine_decay_schedule(3e-3, TRAINING_STEPS))
 
 
 @jax.jit
@@ -226,7 +229,7 @@ def train_denoiser(params, state, key):
     x_t = jnp.sqrt(alpha_bar) * images + jnp.sqrt(1 - alpha_bar) * noise
 
     def loss(params):
-        return jnp.mean((model.apply({"params": params}, x_t, t, labels) - noise) ** 2)
+        return jnp.mean((model.apply({"params": params}, x_t, t, labels) - images) ** 2)
 
     value, gradient = jax.value_and_grad(loss)(params)
     updates, state = adam.update(gradient, state)
@@ -304,13 +307,18 @@ print(f"{floats:,} bytes in float32, {stored:,} in the file; record {record}")
 print("the loaded model answers the same:", bool((same == integers).all()))
 
 # %% [markdown]
-# `box_tree` makes a loaded tree one that unmodified Linen models can read. An NNX module is saved by
-# what `nnx.split` gives of it.
+# `box_tree` makes a loaded tree one that unmodified Linen models can read. For an NNX module:
+#
+# ```python
+# serialize.save("classifier-w4a8", qjax.nnx.params(quantized), {})
+# quantized = qjax.nnx.with_params(classifier, serialize.load("classifier-w4a8")[0])
+# ```
 
 # %% [markdown]
 # ## A pipeline of your own denoiser, calibrated
 #
 # `Pipeline.from_apply` puts a sampler around any `apply(variables, x_t, t, labels)`. DDIM, ten steps:
+
 
 # %%
 def apply(variables, x_t, t, labels):
@@ -318,9 +326,8 @@ def apply(variables, x_t, t, labels):
         return model.apply(variables, x_t, t, labels)
 
 
-pipe = qjax.Pipeline.from_apply(
-    apply, params, DDIM(schedule=schedule), (16, 16, 1), num_labels=len(CLASSES)
-)
+sampler = DDIM(schedule=schedule, prediction_type="sample")
+pipe = qjax.Pipeline.from_apply(apply, params, sampler, (16, 16, 1), num_labels=len(CLASSES))
 settings = {"labels": [0, 1, 2] * 3, "steps": 10, "key": jax.random.key(4)}
 pictures = pipe(**settings)
 show({"float": pictures})

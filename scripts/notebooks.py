@@ -3,17 +3,19 @@
     python scripts/notebooks.py                execute all; an error anywhere fails
     python scripts/notebooks.py 1 3            those whose names begin so
     python scripts/notebooks.py --write 2      execute, and store the outputs in the .ipynb
+    python scripts/notebooks.py --prose        store changed prose; outputs stay, the code has to
 
 The text (`colab/NAME.py`, jupytext's percent format) is the source; `colab/NAME.ipynb` is made
 of it here and nowhere else. A notebook runs in a temporary folder, without a model hub. Of its
 outputs what a machine adds is left out (times of execution, identifiers, folders, notices on
-stderr), and the hash of the source that they come from is kept in the metadata.
+stderr), and the hash of the code that they come from is kept in the metadata.
 """
 
 import argparse
 import hashlib
 import os
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -43,8 +45,8 @@ def sources() -> list[Path]:
 
 
 def source_digest(cells: list[Any]) -> str:
-    """sha256 of kinds and texts of cells: equal for a text and the notebook made of it."""
-    text = "\0".join(f"{cell.cell_type}\0{cell.source.strip()}" for cell in cells)
+    """sha256 of the cells of code: what outputs depend on, equal for a text and its notebook."""
+    text = "\0".join(cell.source.strip() for cell in cells if cell.cell_type == "code")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -140,8 +142,31 @@ def stored(notebook: Any) -> Any:
     return notebook
 
 
+def with_stored_outputs(path: Path) -> Any:
+    """The notebook of a text with the outputs that lie beside it.
+
+    Raises:
+      ValueError: If these are of other code.
+    """
+    notebook, old = made_of(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    if old.metadata["qjax"]["source_sha256"] != source_digest(notebook.cells):
+        raise ValueError(f"the code of {path.name} has changed since it ran; use --write.")
+    ran = [cell for cell in old.cells if cell.cell_type == "code"]
+    for cell, was in zip(
+        [cell for cell in notebook.cells if cell.cell_type == "code"], ran, strict=True
+    ):
+        cell.outputs, cell.execution_count = was.outputs, was.execution_count
+    return notebook
+
+
 def _print_cell(line: str, seconds: float) -> None:
     print(f"  {seconds:6.1f} s  {line[:80]}", flush=True)
+
+
+def _kernel_seconds() -> float:
+    """Of processor cores, by kernels that have ended: unlike the clock, alike on a busy machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -149,15 +174,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="beginnings of names; all if none")
     parser.add_argument("--write", action="store_true", help="store the outputs")
+    parser.add_argument("--prose", action="store_true", help="execute nothing; store the prose")
     parser.add_argument("--cells", action="store_true", help="print the seconds of every cell")
     settings = parser.parse_args()
     chosen = [path for path in sources() if path.name.startswith(tuple(settings.names) or "")]
     if not chosen:
         parser.error(f"no notebook of that name; there are {', '.join(p.stem for p in sources())}")
     for path in chosen:
-        begin = time.perf_counter()
+        if settings.prose:
+            nbformat.write(stored(with_stored_outputs(path)), path.with_suffix(".ipynb"))
+            continue
+        begin, cpu = time.perf_counter(), _kernel_seconds()
         notebook = execute(path, on_cell=_print_cell if settings.cells else None)
-        print(f"{path.stem}: {time.perf_counter() - begin:.0f} s", flush=True)
+        wall, cpu = time.perf_counter() - begin, _kernel_seconds() - cpu
+        print(f"{path.stem}: {wall:.0f} s, {cpu:.0f} s of a processor core", flush=True)
         if settings.write:
             nbformat.write(stored(notebook), path.with_suffix(".ipynb"))
 
