@@ -12,7 +12,9 @@ stderr), and the hash of the code that they come from is kept in the metadata.
 """
 
 import argparse
+import base64
 import hashlib
+import io
 import os
 import re
 import resource
@@ -29,6 +31,8 @@ import nbformat
 FOLDER = Path(__file__).parents[1] / "colab"
 MAX_OUTPUT = 150_000
 """Characters of one stored output; a picture of 110 kB."""
+MAX_PNG = 60_000
+"""Characters of a picture without loss; larger ones are stored as JPEG."""
 SECONDS = 900
 """Most that one cell may take."""
 
@@ -116,6 +120,16 @@ def execute(path: Path, *, on_cell: Callable[[str, float], None] | None = None) 
     return notebook
 
 
+def _as_jpeg(png: str) -> str:
+    """A picture in base64 of PNG, in base64 of JPEG."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.save(file, "JPEG", quality=80, optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def stored(notebook: Any) -> Any:
     """An executed notebook as it is kept.
 
@@ -132,6 +146,8 @@ def stored(notebook: Any) -> Any:
             output.pop("metadata", None)
             if output.output_type in ("display_data", "execute_result"):
                 output["metadata"] = {}
+            if len(output.get("data", {}).get("image/png", "")) > MAX_PNG:
+                output.data["image/jpeg"] = _as_jpeg(output.data.pop("image/png"))
             text = str(output)
             if len(text) > MAX_OUTPUT:
                 raise RuntimeError(f"an output has {len(text):,} characters: {text[:80]}...")
