@@ -142,7 +142,9 @@ for name in ("fitness", "fresh_fitness", "uniform_fitness", "uniform_fresh_fitne
 
 # %% [markdown]
 # `fitness` is the winner's distance on the noise of the search, `fresh_fitness` on noise it has not
-# seen; the two below are those of the best uniform group size.
+# seen; the two below are those of the best uniform group size, which is among the candidates. Where they
+# are equal, the search has found nothing better: 13 candidates are few. What a search of full length
+# gains on this model is in docs/calibration.md.
 #
 # ## What GPTQ gained
 #
