@@ -213,7 +213,8 @@ rich.print(qjax.report.summary_table(report))
 #
 # ## Save and load
 #
-# Loading needs no float weights.
+# Loading needs no float weights of the denoiser. `model.safetensors` holds the step table, the autoencoder and
+# what embeds the class or the text, too; `time.safetensors` the time layers that `retarget` reads.
 
 # %%
 from pathlib import Path

@@ -114,7 +114,7 @@ def test_all_notebooks_name_one_repository():
 def test_no_notebook_installs_the_strangers_package_or_knows_a_machine(text):
     for path in (text, text.with_suffix(".ipynb")):
         words = path.read_text()
-        assert not re.search(r"install[^\n]*[\s\"']qjax[\s\"'\\]", words)
+        assert not re.search(r"\binstall\b[^\n]*[\s\"']qjax[\s\"'\\]", words)
         assert not re.search(r"(?<![\w.:/])/(?:home|root|tmp|content|work|opt|usr|Users)/", words)
 
 
