@@ -451,7 +451,7 @@ def test_export_round_trip_of_a_quantized_module(net, images, prepare):
 def test_a_quantized_module_comes_back_from_disk_as_it_was(tmp_path):
     """Into a float module and into a quantized one; what is no parameter stays the target's."""
     module = Net(nnx.Rngs(0))
-    stem = Rule(pattern="stem/kernel", weight=W8, act=A8)  # 3 input channels, which no group divides
+    stem = Rule(pattern="stem/kernel", weight=W8, act=A8)  # no group divides its 3 input channels
     quantized = quantize(module, QuantConfig(rules=(stem,), weight=W4, act=A8))
     serialize.save(tmp_path / "net", qnnx.params(quantized), {})
     loaded, _ = serialize.load(tmp_path / "net")
