@@ -192,6 +192,11 @@ for name, one in {"quantized": uncorrected, "corrected": corrected}.items():
 show({"float": pictures, "quantized": uncorrected(**draw), "corrected": corrected(**draw)})
 
 # %% [markdown]
+# In this short run the correction changes next to nothing: `k` is a hundredth or two, and what 3-bit weights
+# do is mostly the rest, which a sampler can make room for but not take back. It is no substitute for
+# fitting the weights, which `ptqd_w4a8` does before it. `"corrected"` in the plot above is the best that `k`
+# and `mu` can do at each step, and it is worth a look before a correction is used.
+#
 # ## Bits by step
 #
 # Are all steps equally sensitive? `StepBits` measures it: the sampler runs with 8-bit inputs at every step

@@ -18,7 +18,6 @@ import io
 import os
 import re
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -209,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
