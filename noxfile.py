@@ -3,6 +3,8 @@
     nox -s floor     jax 0.7.2, flax 0.11.2: what a stock Colab notebook has
     nox -s newest    the newest of both, on a Python >= 3.12 if this machine has one
     nox -s tpu       kernels and blocks through the compiler of TPUs, which needs no TPU
+    nox -s notebooks all notebooks, top to bottom, in fresh kernels
+    nox -s colab     the first notebook on jax 0.7.2, flax 0.11.2 and Colab's Python, or near it
 
 All leave out torch, diffusers and transformers, which the library itself imports only where
 they are used: what needs them skips itself, and runs in the full suite.
@@ -16,7 +18,7 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-nox.options.sessions = ["floor", "newest", "tpu"]
+nox.options.sessions = ["floor", "newest", "tpu", "notebooks", "colab"]
 
 PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 FLOOR = ("jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2")
@@ -35,16 +37,16 @@ FAST = (
 )
 
 
-def requirements() -> list[str]:
-    """What the library and its tests need, from `pyproject.toml`, without `LEFT_OUT`."""
-    listed = [*PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"]["test"]]
+def requirements(extra: str = "test") -> list[str]:
+    """What the library and an extra of it need, from `pyproject.toml`, without `LEFT_OUT`."""
+    listed = [*PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"][extra]]
     return [line for line in listed if Requirement(line).name not in LEFT_OUT]
 
 
-def find_python() -> str | None:
-    """The highest Python from 3.12 to 3.14 that runs: on the PATH, or one of pyenv's."""
+def find_python(highest: int = 14) -> str | None:
+    """The highest Python from 3.12 to 3.`highest` that runs: on the PATH, or one of pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    for minor in (14, 13, 12):
+    for minor in range(highest, 11, -1):
         name = f"python3.{minor}"
         versions = sorted(pyenv.glob(f"versions/3.{minor}.*/bin/{name}"), reverse=True)
         for candidate in [name, *map(str, versions)]:
@@ -69,7 +71,17 @@ def run_fast_part(session: nox.Session, *versions: str) -> None:
     session.run("pytest", *(session.posargs or FAST))
 
 
+def run_notebooks(session: nox.Session, versions: tuple[str, ...], *names: str) -> None:
+    """Install the given jax and flax and the library, and run notebooks with the session's kernel."""
+    session.install(*versions, *requirements("notebooks"))
+    session.install("--no-deps", "-e", ".")
+    # Kernels are looked for here first: none of the user's may answer to the same name.
+    session.env["JUPYTER_PATH"] = str(Path(session.virtualenv.location, "share", "jupyter"))
+    session.run("python", "scripts/notebooks.py", "--cells", *(session.posargs or names))
+
+
 NEWEST_PYTHON = find_python()
+COLAB_PYTHON = find_python(13)
 
 
 @nox.session
@@ -93,3 +105,17 @@ def tpu(session: nox.Session) -> None:
     session.install("--no-deps", "-e", ".")
     session.env["JAX_PLATFORMS"] = "cpu"
     session.run("pytest", *(session.posargs or ("tests/kernels/test_tpu_compile.py",)))
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """All notebooks, top to bottom."""
+    run_notebooks(session, NEWEST)
+
+
+@nox.session(python=COLAB_PYTHON)
+def colab(session: nox.Session) -> None:
+    """The first notebook on the versions that a stock Colab runtime has."""
+    if COLAB_PYTHON is None:
+        session.skip("NOT TESTED as on Colab: no Python 3.12 or 3.13 was found here")
+    run_notebooks(session, FLOOR, "1")

@@ -8,7 +8,7 @@ it: `dot_general`, `conv_general_dilated`, `promote_dtype`.
 
 Functions return new modules and states that share the arrays they did not change; none
 mutates its argument. Whatever reads a parameter's value dequantizes: `nnx.to_pure_dict` does,
-`nnx.split` does not. Save what `nnx.split` gives. `nnx.update` keeps the Variable types of the
+`nnx.split` does not. `params` gives what `serialize.save` takes, `with_params` takes it back. `nnx.update` keeps the Variable types of the
 module it updates, so a quantized State joins a float module's GraphDef with `nnx.merge`.
 """
 
@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import nnx, traverse_util
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
@@ -155,6 +156,51 @@ def leaves(tree: nnx.Module | nnx.State) -> Iterator[tuple[str, Any]]:
                 f"A State must hold Variables to be quantized; {_join(path)} is a bare "
                 f"{type(variable).__name__}. Pass the State that nnx.split gives, not nnx.pure's."
             )
+
+
+def params(tree: nnx.Module | nnx.State) -> dict[str, Any]:
+    """The parameters as nested dicts of arrays and QTensors: what `serialize.save` takes.
+
+    Variables of other kinds (statistics, caches, random keys) are not parameters and not here.
+    """
+    return traverse_util.unflatten_dict(dict(leaves(tree)), sep="/")
+
+
+def with_params(tree: Tree, params: Mapping[str, Any]) -> Tree:
+    """A new module or state with these parameters: the inverse of `params`.
+
+    Args:
+      tree: A module or a state with parameters of the same paths and shapes, float or quantized;
+        it stays as it is.
+      params: As `params` gives them, or `serialize.load`.
+
+    Raises:
+      ValueError: If paths or shapes differ; the error names them all.
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    mine = {path: tuple(np.shape(leaf)) for path, leaf in leaves(tree)}
+    theirs = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
+    if mine != theirs:
+        wrong = [
+            f"{path} {theirs.get(path, 'is missing')}, here {mine.get(path, 'there is none')}"
+            for path in sorted(mine.keys() | theirs.keys())
+            if mine.get(path) != theirs.get(path)
+        ]
+        raise ValueError(
+            f"params must have the paths and shapes of the module's parameters: {'; '.join(wrong)}."
+        )
+
+    def replace(path: tuple, variable: Any) -> Any:
+        if not isinstance(variable, nnx.Param | QuantizedParam):
+            return variable
+        leaf = flat[_join(path)]
+        if isinstance(leaf, QTensor):
+            return QuantizedParam(leaf)
+        kept = dict(variable.get_metadata()) if isinstance(variable, nnx.Param) else {}
+        kind = type(variable) if isinstance(variable, nnx.Param) else nnx.Param
+        return kind.from_metadata(leaf, kept) if kept else kind(leaf)
+
+    return _map_variables(replace, tree)
 
 
 def quantize_leaves(tree: Tree, quantize_leaf: Callable[[str, Any], Any]) -> Tree:

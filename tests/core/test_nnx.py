@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qjax.core import foreign
+from qjax.core import foreign, serialize
 from qjax.core import nnx as qnnx
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.qtensor import QTensor, from_codes
@@ -446,3 +446,35 @@ def test_export_round_trip_of_a_quantized_module(net, images, prepare):
     exported = export.export(function)(arrays, images)
     restored = export.deserialize(bytearray(exported.serialize()))
     np.testing.assert_array_equal(restored.call(arrays, images), function(arrays, images))
+
+
+def test_a_quantized_module_comes_back_from_disk_as_it_was(tmp_path):
+    """Into a float module and into a quantized one; what is no parameter stays the target's."""
+    module = Net(nnx.Rngs(0))
+    stem = Rule(pattern="stem/kernel", weight=W8, act=A8)  # no group divides its 3 input channels
+    quantized = quantize(module, QuantConfig(rules=(stem,), weight=W4, act=A8))
+    serialize.save(tmp_path / "net", qnnx.params(quantized), {})
+    loaded, _ = serialize.load(tmp_path / "net")
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    for target in (Net(nnx.Rngs(1)), quantize(Net(nnx.Rngs(2)), QuantConfig(weight=W8))):
+        again = qnnx.with_params(target, loaded)
+        assert jax.tree.all(jax.tree.map(np.array_equal, qnnx.params(again), loaded))
+        np.testing.assert_array_equal(again(images), quantized(images))
+        assert [how for _, how in qnnx.layers(qnnx.low_bit(again))] == [
+            how for _, how in qnnx.layers(qnnx.low_bit(quantized))
+        ]
+
+
+def test_float_parameters_go_back_into_a_quantized_module():
+    module = Net(nnx.Rngs(0))
+    again = qnnx.with_params(quantize(module, QuantConfig(weight=W8)), qnnx.params(module))
+    images = jnp.ones((1, 8, 8, 3))
+    np.testing.assert_array_equal(again(images), module(images))
+    assert all(not isinstance(leaf, QTensor) for _, leaf in qnnx.leaves(again))
+
+
+def test_params_of_another_module_are_refused_and_all_differences_named():
+    module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    other = {"kernel": jnp.ones((4, 2)), "scale": jnp.ones(3)}
+    with pytest.raises(ValueError, match="bias is missing.*kernel.*4, 2.*scale.*there is none"):
+        qnnx.with_params(module, other)

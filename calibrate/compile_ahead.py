@@ -1,0 +1,397 @@
+"""Compile the programs of a calibration for TPUs that are not there, and tell what they need.
+
+libtpu has the compiler of TPUs and runs on a CPU; params are shapes, nothing is executed. What is
+compiled are the programs that `sharded_calibration.py` runs and the blocks of the low-bit
+network as sampling runs them: of blocks of equal structure one, on the whole mesh. HBM is what
+the compiler says a program holds on a device, arguments, results and temporaries, and beside it
+what stays there in the meantime: the quantized network while blocks are fitted or run.
+
+The program that collects a block's data runs the whole network; it takes the compiler many
+minutes and is compiled only if asked for.
+"""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibrate import optimize, sharded_fit
+from qjax.calibrate.blocks import Block, alike, params_of
+from qjax.calibrate.capture import items_within
+from qjax.calibrate.fitted import quantized_kernels, with_kernels
+from qjax.calibrate.pod import BLOCK, DATA, Pod
+from qjax.calibrate.ranges import empty, to_fitted
+from qjax.calibrate.reconstruction import Problem
+from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
+from qjax.calibrate.student import Student, Tables
+from qjax.core.config import QuantConfig
+from qjax.core.quantize import quantize, tree_bytes
+from qjax.core.typing import Apply, Array, Params
+from qjax.kernels.target import target
+
+HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
+"""Bytes of a chip, as Google Cloud's pages of TPU versions have them."""
+
+_COLLECTIVE = re.compile(
+    r"= (?P<shapes>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|"
+    r"collective-permute)(?:-start)?\("
+)
+_SHAPE = re.compile(r"(f32|bf16|f16|s32|u32|s8|u8|pred)\[([\d,]*)\]")
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
+
+
+class Network(NamedTuple):
+    """A float network as shapes.
+
+    Attributes:
+      apply: Its function.
+      params: Its params.
+      x_t: One noisy sample, `[1, h, w, c]`.
+      told: What it is told of one sample.
+      halves: Evaluations for a prediction: 2 with guidance.
+    """
+
+    apply: Apply
+    params: Params
+    x_t: jax.ShapeDtypeStruct
+    told: Any
+    halves: int
+
+
+class Program(NamedTuple):
+    """What a compiled program needs on every device.
+
+    Attributes:
+      what: `"fit"` or `"sample"`.
+      block: Path of the first block that runs it.
+      blocks: How many do.
+      argument_bytes: Of its arguments.
+      temp_bytes: While it runs.
+      hbm_bytes: All that it holds.
+      flops: Of one pass through its loops, by the compiler's count.
+      bytes_accessed: Likewise.
+      collectives: How many of each kind it has.
+      collective_bytes: Of their results, in one pass.
+      seconds: To compile it.
+    """
+
+    what: str
+    block: str
+    blocks: int
+    argument_bytes: int
+    temp_bytes: int
+    hbm_bytes: int
+    flops: float
+    bytes_accessed: float
+    collectives: dict[str, int]
+    collective_bytes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AheadOfTime:
+    """A calibration and a sampler on a topology, compiled.
+
+    Attributes:
+      topology: Its name, as `"v5e:16x16"`.
+      data: Devices along the axis of data.
+      block: Devices along the axis of blocks.
+      programs: What was compiled.
+      float_bytes: Of the float network's params.
+      student_bytes: Of the quantized ones.
+    """
+
+    topology: str
+    data: int
+    block: int
+    programs: tuple[Program, ...]
+    float_bytes: int
+    student_bytes: int
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of a chip."""
+        return HBM[self.topology.split(":")[0]]
+
+    def held(self, what: str) -> int:
+        """Most that a device holds while programs of a kind run, the quantized network included."""
+        most = max((p.hbm_bytes for p in self.programs if p.what == what), default=0)
+        return self.student_bytes + most
+
+    @property
+    def collecting(self) -> int:
+        """Least that a device holds while data is collected: both networks, and what it makes."""
+        data = max((p.argument_bytes for p in self.programs if p.what == "fit"), default=0)
+        return self.student_bytes + self.float_bytes + data
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits into a chip."""
+        return max(self.held("fit"), self.held("sample"), self.collecting) <= self.hbm
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a slice, as `"v5e:16x16"` or `"v5p:4x4x4"`; none has to be there.
+
+    Raises:
+      ValueError: If the name is none, or libtpu is not installed.
+    """
+    chip, _, shape = name.partition(":")
+    if chip not in HBM or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(
+            f"a topology is a chip of {', '.join(HBM)} and a shape, as v5e:16x16; got {name!r}."
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened
+    from jax.experimental import topologies
+
+    try:
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be compiled for: {' '.join(str(error).split())[:200]} libtpu has the "
+            'compiler of TPUs and needs none of them: pip install "jax[tpu]".'
+        ) from error
+
+
+def mesh_for(count: int, shards: int, data: int | None, block: int | None) -> tuple[int, int]:
+    """Devices along data and block: as asked, else as many along data as shards allow."""
+    if data is None and block is None:
+        data = max(d for d in range(1, min(shards, count) + 1) if not (shards % d or count % d))
+    data = count // block if data is None and block is not None else data
+    assert data is not None
+    return data, count // data if block is None else block
+
+
+def compile_ahead(
+    network: Network,
+    quant: QuantConfig,
+    settings: SerialParallelSettings,
+    topology: str,
+    *,
+    data: int | None = None,
+    block: int | None = None,
+    images: int = 1,
+    on_program: Callable[[Program, int, int], None] | None = None,
+) -> AheadOfTime:
+    """Compile everything that a calibration and sampling run on a topology.
+
+    Args:
+      network: The float network.
+      quant: How it is quantized.
+      settings: Of the serial-to-parallel stage; its `steps` are chosen.
+      topology: As for `topology_devices`.
+      data: Devices along the axis of data; None: as many as there are shards.
+      block: Along the axis of blocks; None: the rest.
+      images: Images that every device samples at once.
+      on_program: Progress: called with every program, its number and how many there will be.
+
+    Raises:
+      ValueError: If the topology is none, or the mesh does not suit it.
+    """
+    devices = topology_devices(topology)
+    shards = settings.shards or 8
+    data, block = mesh_for(len(devices), shards, data, block)
+    pod = Pod.of(data=data, block=block, devices=devices)
+    pod.check(shards)
+    quantized = quantize(network.params, quant)
+    kernels = quantized_kernels(quantized)
+    bare = {path: q.replace(act=None) for path, q in kernels.items()}
+    student = Student(network.apply, with_kernels(quantized, bare), network.params, kernels)
+    calls = settings.steps or 1
+    tables: Tables = jax.eval_shape(
+        lambda: to_fitted([empty(student.formats)] * calls, student.formats)
+    )
+    groups = alike(_blocks(network, student))
+    programs: list[Program] = []
+    total = 2 * len(groups)
+    for make in (_fit, _sample):
+        for group in groups:
+            with target("tpu", devices[0].device_kind):
+                lowered = make(pod, network, student, quantized, group, settings, calls, tables, images)
+            programs.append(_compiled(make.__name__[1:], group, lowered))
+            if on_program is not None:
+                on_program(programs[-1], len(programs), total)
+    return AheadOfTime(
+        topology, data, block, tuple(programs), tree_bytes(network.params), tree_bytes(quantized)
+    )
+
+
+def _blocks(network: Network, student: Student) -> tuple[Block, ...]:
+    """The blocks of a network of shapes."""
+    found: list[Block] = []
+
+    def look(params: Params, x_t: Array, t: Array, told: Any) -> None:
+        one = dataclasses.replace(student, params=params)
+        found.extend(one.blocks(x_t, t, told))
+
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    jax.eval_shape(look, student.params, network.x_t, t, network.told)
+    return tuple(found)
+
+
+def _inputs(block: Block, lead: tuple[int, ...]) -> Any:
+    """Shapes of what goes into a block, with other axes in place of the items'."""
+    treedef, leaves = block.structure[1]  # type: ignore[index]
+    shapes = [jax.ShapeDtypeStruct((*lead, *shape[1:]), dtype) for shape, dtype in leaves]
+    return jax.tree.unflatten(treedef, shapes)
+
+
+def _placed(pod: Pod, tree: Any, *axes: str | None) -> Any:
+    sharding = pod.sharding(*axes)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+    )
+
+
+def _fit(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
+    """The program that fits as many blocks of a group as the mesh takes at once."""
+    del quantized, images
+    first: Block = group[0]
+    fit, shards = settings.fit, settings.shards or 8
+    runner = student.runner(first)
+
+    def make(params: Params, floats: Params, kernels: Any, tables: Tables, key: Array) -> Any:
+        one = Student(network.apply, params, floats, kernels)
+        fixed = one.fixed(first)
+        begin = one.begin(first, fixed, tables, fit, jax.random.wrap_key_data(key))
+        nothing = jnp.zeros((1,), jnp.int32)
+        problem = Problem(
+            one.block_params(first, fixed), fixed, None, nothing, nothing, jnp.float32(1)
+        )
+        carry = optimize.start_optimizer(begin, calls, fit, runner, problem)
+        return problem.params, fixed, carry
+
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    params, fixed, carry = jax.eval_shape(
+        make, student.params, student.floats, student.kernels, tables, key
+    )
+    at_once = min(max(settings.at_once, pod.block), len(group))
+    k = at_once if at_once == 1 else -(-at_once // pod.block) * pod.block
+    axis = None if k == 1 else BLOCK
+    item = (_inputs(first, (1,)), _output(first, params))
+    each = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(item))
+    here = (k if axis is None else k // pod.block) * (shards // pod.data)
+    wanted = settings.pairs * network.halves // shards
+    items = items_within(settings.memory_gib, each * here, wanted, least=1)
+    lead = (k, shards, items)
+    grow = lambda tree: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((*lead, *a.shape[1:]), a.dtype), tree
+    )
+    stack = lambda tree: _placed(
+        pod,
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct((k, *a.shape), a.dtype), tree),
+        axis,
+    )
+    problem = Problem(
+        stack(params),
+        stack(fixed),
+        _placed(pod, grow(item[0]), axis, DATA),
+        _placed(pod, grow(item[1]), axis, DATA),
+        _placed(pod, jax.ShapeDtypeStruct(lead, jnp.int32), axis, DATA),
+        stack(jax.ShapeDtypeStruct((), jnp.float32)),
+    )
+    return sharded_fit.run_chunk.lower(
+        runner,
+        fit,
+        fit.chunk,
+        pod,
+        shards,
+        settings.reduction == "ordered",
+        axis,
+        stack(carry),
+        problem,
+        _placed(pod, jax.ShapeDtypeStruct((), jnp.int32)),
+        _placed(pod, jax.ShapeDtypeStruct((k, 2), jnp.uint32), axis),
+        _placed(pod, jax.ShapeDtypeStruct((3,), jnp.int32)),
+    )
+
+
+def _output(block: Block, params: Params) -> Any:
+    """Shape of what a block makes of one item."""
+    args, kwargs = _inputs(block, (1,))
+    assert block.module is not None
+    module = block.module
+    return jax.eval_shape(
+        lambda p, a, k: module.apply({"params": p}, *a, **k), params, args, kwargs
+    )
+
+
+def _sample(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
+    """A block of the low-bit network, on a device's images with both halves of guidance."""
+    del student, settings, calls, tables
+    first: Block = group[0]
+    module = first.module
+    args, kwargs = _inputs(first, (images * network.halves * pod.data * pod.block,))
+    spread = (BLOCK, DATA)
+
+    def run(params: Params, args: Any, kwargs: Any) -> Any:
+        return module.apply({"params": params}, *args, **kwargs)
+
+    def on_device(params: Params, args: Any, kwargs: Any) -> Any:
+        every, mine = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(spread)
+        return jax.shard_map(
+            run, mesh=pod.mesh, in_specs=(every, mine, mine), out_specs=mine, check_vma=False
+        )(params, args, kwargs)
+
+    params = jax.tree.map(
+        lambda a: a, _without_ranges(params_of(first, quantized))
+    )
+    place = lambda tree: _placed(pod, tree, spread)  # type: ignore[arg-type]
+    return jax.jit(on_device).lower(_placed(pod, params), place(args), place(kwargs))
+
+
+def _without_ranges(params: Params) -> Params:
+    """The params with ranges found as the inputs come, where they would be of the step's row."""
+    kernels = {
+        path: q.replace(act=dataclasses.replace(q.act, mode="dynamic"))
+        if q.act is not None
+        else q
+        for path, q in quantized_kernels(params).items()
+    }
+    return with_kernels(params, kernels)
+
+
+def _compiled(what: str, group: tuple[Block, ...], lowered: Any) -> Program:
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    cost = compiled.cost_analysis() or {}
+    kinds: dict[str, int] = {}
+    sent = 0
+    for kind, size in _collectives(compiled.as_text()):
+        kinds[kind] = kinds.get(kind, 0) + 1
+        sent += size
+    return Program(
+        what,
+        group[0].path,
+        len(group),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        held,
+        float(cost.get("flops", 0.0)),
+        float(cost.get("bytes accessed", 0.0)),
+        kinds,
+        sent,
+        round(seconds, 1),
+    )
+
+
+def _collectives(text: str) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of every collective of a compiled program."""
+    for match in _COLLECTIVE.finditer(text):
+        size = 0
+        for dtype, axes in _SHAPE.findall(match["shapes"]):
+            size += _BYTES[dtype] * int(np.prod([int(n) for n in axes.split(",") if n] or [1]))
+        yield match["kind"], size
