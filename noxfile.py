@@ -1,8 +1,9 @@
-"""The fast part of the suite on the oldest and the newest JAX and Flax; what TPUs compile.
+"""The fast part of the suite on the oldest and the newest JAX and Flax; TPUs; the site.
 
     nox -s floor     jax 0.7.2, flax 0.11.2: what a stock Colab notebook has
     nox -s newest    the newest of both, on a Python >= 3.12 if this machine has one
     nox -s tpu       kernels and blocks through the compiler of TPUs, which needs no TPU
+    nox -s docs      the site, with warnings as errors; `nox -s docs -- FOLDER` keeps it
 
 All leave out torch, diffusers and transformers, which the library itself imports only where
 they are used: what needs them skips itself, and runs in the full suite.
@@ -16,7 +17,7 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-nox.options.sessions = ["floor", "newest", "tpu"]
+nox.options.sessions = ["floor", "newest", "tpu", "docs"]
 
 PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 FLOOR = ("jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2")
@@ -93,3 +94,14 @@ def tpu(session: nox.Session) -> None:
     session.install("--no-deps", "-e", ".")
     session.env["JAX_PLATFORMS"] = "cpu"
     session.run("pytest", *(session.posargs or ("tests/kernels/test_tpu_compile.py",)))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, built anew; the library is imported for its docstrings."""
+    listed = [*PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"]["docs"]]
+    heavy = {"torch", "diffusers", "transformers"}  # imported inside functions only
+    session.install(*(line for line in listed if Requirement(line).name not in heavy))
+    session.install("--no-deps", "-e", ".")
+    out = session.posargs[0] if session.posargs else session.create_tmp()
+    session.run("sphinx-build", "-W", "--keep-going", "-E", "-q", "-b", "html", "docs", out)
