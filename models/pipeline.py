@@ -190,6 +190,42 @@ class Pipeline:
 
         save_pipeline(self, Path(folder), report=report)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        report: Report | None = None,
+    ) -> str:
+        """Upload what `save` writes to the Hugging Face hub; the address of the commit.
+
+        Args:
+          repository: `owner/name`; created if it is not there.
+          private: Whether a repository that is created is private; None for the hub's default.
+          token: Access token; None for the one of `hf auth login`.
+          revision: Branch to upload to, created if it is not there; None for the main one.
+          commit_message: Of the commit; None names qjax and the model.
+          report: What `qjax.compare` found of this pipeline, for the model card.
+
+        Raises:
+          ValueError: As `save`, or if `repository` is no id.
+          OSError: If the hub refused, or could not be reached.
+        """
+        from qjax.models.hub import push  # it saves pipelines
+
+        return push(
+            self,
+            repository,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            report=report,
+        )
+
     def with_lora(
         self, path: str | os.PathLike[str], *, scale: float = 1.0, fuse: bool = False
     ) -> Pipeline:
