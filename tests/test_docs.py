@@ -161,7 +161,7 @@ def run_page(path: Path, folder: Path, *, slow: bool) -> None:
 
 
 @pytest.mark.parametrize("path", RUN, ids=name_of)
-def test_the_python_of_a_page_runs(path, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs(path, tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     assert script(path, slow=False).strip()
     run_page(path, tmp_path, slow=False)
@@ -171,7 +171,7 @@ def test_the_python_of_a_page_runs(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "path", [path for path in RUN if "<!-- slow -->" in path.read_text()], ids=name_of
 )
-def test_all_the_python_of_a_page_runs(path, tmp_path, monkeypatch):
+def test_all_the_python_of_a_page_runs(path, tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     run_page(path, tmp_path, slow=True)
 
