@@ -22,7 +22,7 @@ SAVED = ["README.md", "model.safetensors", "qjax.json"]
 
 @pytest.fixture(scope="module")
 def quantized():
-    return qjax.quantize(qjax.load(MODEL), qjax.recipes.w4a8())
+    return qjax.quantize(qjax.load(MODEL), qjax.recipes.w8a8())
 
 
 def test_a_pushed_model_comes_back_bit_for_bit(hub, quantized, tmp_path):
