@@ -1,10 +1,11 @@
-"""The fast part of the suite on the oldest and the newest JAX and Flax; what TPUs compile.
+"""The fast part of the suite on the oldest and the newest JAX and Flax; TPUs; the site.
 
     nox -s floor     jax 0.7.2, flax 0.11.2: what a stock Colab notebook has
     nox -s newest    the newest of both, on a Python >= 3.12 if this machine has one
     nox -s tpu       kernels and blocks through the compiler of TPUs, which needs no TPU
     nox -s notebooks all notebooks, top to bottom, in fresh kernels
     nox -s colab     the first notebook on jax 0.7.2, flax 0.11.2 and Colab's Python, or near it
+    nox -s docs      the site, with warnings as errors; `nox -s docs -- FOLDER` keeps it
 
 All leave out torch, diffusers and transformers, which the library itself imports only where
 they are used: what needs them skips itself, and runs in the full suite.
@@ -18,7 +19,7 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-nox.options.sessions = ["floor", "newest", "tpu", "notebooks", "colab"]
+nox.options.sessions = ["floor", "newest", "tpu", "notebooks", "colab", "docs"]
 
 PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 FLOOR = ("jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2")
@@ -119,3 +120,14 @@ def colab(session: nox.Session) -> None:
     if COLAB_PYTHON is None:
         session.skip("NOT TESTED as on Colab: no Python 3.12 or 3.13 was found here")
     run_notebooks(session, FLOOR, "1")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, built anew; the library is imported for its docstrings."""
+    listed = [*PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"]["docs"]]
+    heavy = {"torch", "diffusers", "transformers"}  # imported inside functions only
+    session.install(*(line for line in listed if Requirement(line).name not in heavy))
+    session.install("--no-deps", "-e", ".")
+    out = session.posargs[0] if session.posargs else session.create_tmp()
+    session.run("sphinx-build", "-W", "--keep-going", "-E", "-q", "-b", "html", "docs", out)

@@ -163,12 +163,26 @@ def quant_config(recipe: Recipe | QuantConfig) -> QuantConfig:
 def quantize_pipeline(pipe: Pipeline, recipe: Recipe | QuantConfig) -> Pipeline:
     """The pipeline with quantized params; data-free.
 
-    It remembers the rules, and the hash of the float params where it has a source.
+    It remembers the rules, the recipe's name, and the hash of the float params where it has a
+    source.
     """
     config = quant_config(recipe)
     params = quantize(pipe.params, config)
     source = None if pipe.source is None else with_digest(pipe)
-    return pipe.replace(params=params, quant=config, method=method_name(config), source=source)
+    return pipe.replace(
+        params=params,
+        quant=config,
+        method=method_name(config),
+        recipe=data_free_name(recipe),
+        source=source,
+    )
+
+
+def data_free_name(recipe: Recipe | QuantConfig) -> str | None:
+    """What to call the data-free part of a recipe; None for bare rules."""
+    if not isinstance(recipe, Recipe):
+        return None
+    return f"{recipe.name}, without its stages" if recipe.stages else recipe.name
 
 
 def run(
@@ -233,7 +247,7 @@ def _run(
         floats = _read_floats(folder, recipe, done - 1)
         _wait(pod, "claimed")
     if student is None:
-        student = quantize_pipeline(pipe, recipe)
+        student = quantize_pipeline(pipe, recipe).replace(recipe=recipe.name)
     if folder is not None and writes:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / RUN) as file:

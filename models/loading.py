@@ -23,6 +23,7 @@ from qjax.models.checkpoints import Checkpoint, load_checkpoint
 from qjax.models.conditioners import TextConditioner
 from qjax.models.convert import convert
 from qjax.models.denoisers import Denoiser, abstract_params, build_denoiser
+from qjax.models.licenses import license_of
 from qjax.models.loading_sides import load_sides, named_components
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import sampler_from_diffusers
@@ -92,7 +93,11 @@ def load_pipeline(
     sampler = sampler_from_diffusers(scheduler)
     params, sha256 = _params(checkpoint, class_name, denoiser, dtype, quantize, on_tensor)
     source = Source(
-        model=class_name, config=checkpoint.config, name=name or folder.name, sha256=sha256
+        model=class_name,
+        config=checkpoint.config,
+        name=name or folder.name,
+        sha256=sha256,
+        license=license_of(folder),
     )
     if reasons := _why_not_drawn(denoiser.model, fields):
         warnings.warn(

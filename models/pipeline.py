@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,9 @@ from qjax.models.sampling import (
 )
 from qjax.models.unet2d_condition_inputs import Conditioning, guidance_embedding
 
+if TYPE_CHECKING:
+    from qjax.models.model_card import Report  # it reads pipelines itself
+
 __all__ = ["Pipeline", "Source", "Trajectory", "guided_prediction", "sample"]
 
 OUTPUTS = ("image", "latent")
@@ -70,6 +73,8 @@ class Source:
     """Name of the shipped model, folder or hub id it was loaded from."""
     sha256: str | None = None
     """Hash of the float parameters (`serialize.params_digest`); None if not computed yet."""
+    license: str | None = None
+    """Licence of the weights as the hub spells it, `"apache-2.0"`; None if the files do not say."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,6 +121,8 @@ class Pipeline:
     """Name or hash of how `params` were quantized, compared with the step table's keys."""
     quant: QuantConfig | None = None
     """The rules by which `params` were quantized; None for float ones."""
+    recipe: str | None = None
+    """Name of the recipe that made `params`; None for float ones and bare rules."""
     loras: tuple[AttachedLoRA, ...] = ()
     """The LoRAs whose side branches are in the params, in the order they came."""
     smoothed: bool = False
@@ -168,15 +175,56 @@ class Pipeline:
         """The pipeline with other fields: `pipe.replace(params=..., step_table=...)`."""
         return dataclasses.replace(self, **fields)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write parameters, sampler and config into `folder`; `qjax.load` reads it.
+    def save(self, folder: str | os.PathLike[str], *, report: Report | None = None) -> None:
+        """Write parameters, sampler, config and a model card into `folder`; `qjax.load` reads it.
+
+        Args:
+          folder: Created; an older save there is replaced, anything else is refused.
+          report: What `qjax.compare` found of this pipeline, for the card.
 
         Raises:
-          ValueError: If the pipeline does not say which network it runs.
+          ValueError: If the pipeline does not say which network it runs, or the report is of
+            several pipelines.
         """
         from qjax.models.saving import save_pipeline  # it builds pipelines itself
 
-        save_pipeline(self, Path(folder))
+        save_pipeline(self, Path(folder), report=report)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        report: Report | None = None,
+    ) -> str:
+        """Upload what `save` writes to the Hugging Face hub; the address of the commit.
+
+        Args:
+          repository: `owner/name`; created if it is not there.
+          private: Whether a repository that is created is private; None for the hub's default.
+          token: Access token; None for the one of `hf auth login`.
+          revision: Branch to upload to, created if it is not there; None for the main one.
+          commit_message: Of the commit; None names qjax and the model.
+          report: What `qjax.compare` found of this pipeline, for the model card.
+
+        Raises:
+          ValueError: As `save`, or if `repository` is no id.
+          OSError: If the hub refused, or could not be reached.
+        """
+        from qjax.models.hub import push  # it saves pipelines
+
+        return push(
+            self,
+            repository,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            report=report,
+        )
 
     def with_lora(
         self, path: str | os.PathLike[str], *, scale: float = 1.0, fuse: bool = False

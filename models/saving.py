@@ -24,6 +24,7 @@ from qjax.core.qtensor import is_qtensor
 from qjax.core.steps import StepTable, TableKey
 from qjax.models.denoisers import abstract_params, build_denoiser
 from qjax.models.lora import detach
+from qjax.models.model_card import CARD, Report, model_card
 from qjax.models.pipeline import Pipeline, Source
 from qjax.models.samplers import Sampler, sampler_from_diffusers
 from qjax.models.saving_sides import read_sides, sides_of
@@ -38,17 +39,34 @@ _FIELDS = (
     "method",
     "buckets",
     "smoothed",
+    "recipe",
 )
 
 
-def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
+def save_pipeline(
+    pipe: Pipeline,
+    folder: Path | str,
+    *,
+    report: Report | None = None,
+    card: str | None = None,
+    place: str | None = None,
+) -> None:
     """Write a pipeline, quantized or not, so that `load_pipeline` finds it again.
 
-    Its network, sampler, step table, rules and the hash of the float parameters go along.
+    Its network, sampler, step table, rules and the hash of the float parameters go along, and a
+    model card, which nobody reads back.
+
+    Args:
+      pipe: The pipeline.
+      folder: As for `serialize.save`.
+      report: A comparison with the float model, for the card.
+      card: Text of the card; None writes one (`model_card.py`).
+      place: Hub id that the card loads the model from.
 
     Raises:
       ValueError: If `load_pipeline` could not build it again: it does not say which network it
-        runs (it came from `from_apply` without a `source`), or one without a port here.
+        runs (it came from `from_apply` without a `source`), or one without a port here; if
+        the report is of several pipelines.
     """
     source = with_digest(pipe)
     model = build_denoiser(source.model, source.config).model
@@ -68,7 +86,11 @@ def save_pipeline(pipe: Pipeline, folder: Path | str) -> None:
         tree["sides"] = sides.params
     with tempfile.TemporaryDirectory() as scratch:
         record["time"], files = write_time(pipe, model, Path(scratch))
-        serialize.save(folder, tree, record, files=sides.files | files)
+        if card is None:
+            card = model_card(pipe.replace(source=source), place=place, report=report)
+        file = Path(scratch) / CARD
+        file.write_text(card, encoding="utf-8")
+        serialize.save(folder, tree, record, files=sides.files | files | {CARD: file})
 
 
 def with_digest(pipe: Pipeline) -> Source:

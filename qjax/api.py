@@ -1,18 +1,18 @@
 """load, quantize, plan and compare: the few functions that join the floors."""
 
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 from qjax import zoo
-from qjax.calibrate.recipe import Recipe, quant_config, quantize_pipeline
+from qjax.calibrate.recipe import Recipe, data_free_name, quant_config, quantize_pipeline
 from qjax.comparison import compare as compare
 from qjax.core import quantize as core
 from qjax.core.config import QuantConfig
 from qjax.core.plan import Plan
 from qjax.core.typing import Params
+from qjax.models.hub import download, split_revision
 from qjax.models.loading import load_pipeline, load_shapes
 from qjax.models.pipeline import Pipeline
 from qjax.models.published import PUBLISHED, published_shapes
@@ -23,14 +23,22 @@ def zoo_names() -> list[str]:
     return zoo.names()
 
 
-def load(model: str | Path, *, quantize: QuantConfig | Recipe | None = None, **options) -> Pipeline:
+def load(
+    model: str | Path,
+    *,
+    quantize: QuantConfig | Recipe | None = None,
+    revision: str | None = None,
+    **options,
+) -> Pipeline:
     """The pipeline of a shipped model, a local folder, a saved pipeline or a hub repository.
 
     Args:
       model: `"fashion-dit"`; a folder in diffusers' layout or written by `Pipeline.save`; or
-        an id on the Hugging Face hub, `"owner/name"`. A shipped model goes before a folder of
-        the same name, which `"./fashion-dit"` means.
+        an id on the Hugging Face hub, `"owner/name"` or `"owner/name@revision"`, in either
+        layout. A shipped model goes before a folder of the same name, which `"./fashion-dit"`
+        means.
       quantize: Quantize every tensor as it is read; the float model is never in memory whole.
+      revision: Branch, tag or commit of a hub repository; None for its main branch.
       **options: `dtype`, `variant`, `on_tensor` of `qjax.models.loading.load_pipeline`.
 
     Raises:
@@ -38,11 +46,14 @@ def load(model: str | Path, *, quantize: QuantConfig | Recipe | None = None, **o
       ValueError: If what there is cannot be read in full.
     """
     config = None if quantize is None else quant_config(quantize)
-    folder, name = locate(model)
-    return load_pipeline(folder, quantize=config, name=name, **options)
+    folder, name = locate(model, revision=revision)
+    pipe = load_pipeline(folder, quantize=config, name=name, **options)
+    return pipe if quantize is None else pipe.replace(recipe=data_free_name(quantize))
 
 
-def locate(model: str | Path, *, weights: bool = True) -> tuple[Path, str | None]:
+def locate(
+    model: str | Path, *, weights: bool = True, revision: str | None = None
+) -> tuple[Path, str | None]:
     """The folder that `load(model)` reads, and the model's name where it is not the folder's.
 
     A repository of the hub is downloaded, or found in the cache of an earlier download; without
@@ -50,8 +61,12 @@ def locate(model: str | Path, *, weights: bool = True) -> tuple[Path, str | None
 
     Raises:
       FileNotFoundError: If there is nothing of that name.
+      ValueError: If a repository has no layout that is read here, or there is a revision of what
+        is not on the hub.
     """
     name = str(model)
+    if revision is not None and (name in zoo_names() or Path(model).is_dir()):
+        raise ValueError(f"revision is for repositories of the hub; got {revision!r} for {name}.")
     if name in zoo_names():
         if Path(name).is_dir():
             warnings.warn(
@@ -62,11 +77,17 @@ def locate(model: str | Path, *, weights: bool = True) -> tuple[Path, str | None
         return zoo.FOLDER / name, name
     if Path(model).is_dir():
         return Path(model), None
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
-        return _download(name, weights), name
+    hub_id = split_revision(name)
+    if hub_id is not None and not Path(name).exists():
+        repository, at = hub_id
+        if at is not None and revision not in (None, at):
+            raise ValueError(
+                f"{name} names a revision, and revision={revision!r} another; give one of them."
+            )
+        return download(repository, weights=weights, revision=at or revision), repository
     raise FileNotFoundError(
         f"{name!r} is no model of the zoo ({', '.join(zoo_names())}), no local folder and no hub "
-        "id of the form owner/name."
+        "id of the form owner/name, with @revision behind it or without."
     )
 
 
@@ -92,21 +113,6 @@ def shapes(model: str | Path) -> Params:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _download(repository: str, weights: bool) -> Path:
-    import huggingface_hub
-
-    endings = ("json", "safetensors") if weights else ("json",)
-    patterns = [f"{folder}*.{ending}" for folder in ("", "*/") for ending in endings]
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # what the hub's client raises is one or the other
-        reason = str(error).strip().splitlines()[0:1] or [type(error).__name__]
-        raise FileNotFoundError(
-            f"{repository!r} is no local folder, and the Hugging Face hub did not give it: "
-            f"{reason[0].rstrip('.')}. See that the id is right and the hub can be reached."
-        ) from error
 
 
 def quantize(target: Any, config: QuantConfig | Recipe, *, box: bool = True) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 import qjax
 from qjax import api, recipes
-from qjax.calibrate.recipe import Recipe
-from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, whole
+from qjax.calibrate.recipe import Recipe, data_free_name
+from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, text, whole
 from qjax.cli_output import Output, grid
 from qjax.core.config import QuantConfig
 from qjax.core.manifest import MANIFEST, read_manifest
@@ -19,13 +19,18 @@ from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import tree_bytes
 from qjax.core.serialize import flatten
 from qjax.core.typing import Params
+from qjax.models import hub
+from qjax.models.model_card import CARD, NO_PLACE
 from qjax.models.pipeline import Pipeline
 from qjax.models.published import PUBLISHED
 from qjax.report_data import LayerResult
 from qjax.report_layers import how_quantized, layer_results
 from qjax.report_words import bits_text, bytes_text
 
-MODEL = ("MODEL", "a shipped model, a diffusers folder, a saved folder, or a hub id owner/name")
+MODEL = (
+    "MODEL",
+    "a shipped model, a diffusers folder, a saved folder, or a hub id owner/name[@revision]",
+)
 PLANNED = (MODEL[0], f"{MODEL[1]}; or without weights {', '.join(PUBLISHED)}")
 
 RECIPE = Option(
@@ -154,6 +159,7 @@ def quantize(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         pipe = qjax.quantize(load_model(settings.model, output), recipe.quant)
     else:
         pipe = load_model(settings.model, output, quantize=recipe.quant)
+    pipe = pipe.replace(recipe=data_free_name(recipe))
     pipe.save(settings.out)
     return saved_words(settings.model, recipe, pipe, settings.out, output, planned)
 
@@ -182,6 +188,27 @@ def saved_words(
         "leaves": len(planned.entries),
         "leaves_quantized": quantized,
     }
+
+
+def push(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
+    """A model on the hub, as `Pipeline.save` writes it."""
+    folder, _ = api.locate(settings.model)
+    pipe = load_model(settings.model, output)
+    # What somebody has written into the card of a save goes along.
+    card = None
+    if (folder / MANIFEST).exists() and (folder / CARD).is_file():
+        card = (folder / CARD).read_text(encoding="utf-8").replace(NO_PLACE, settings.repo)
+    output.remark(f"uploading to {settings.repo}")
+    address = hub.push(
+        pipe,
+        settings.repo,
+        private=True if settings.private else None,
+        revision=settings.revision,
+        commit_message=settings.message,
+        card=card,
+    )
+    output.say(f"{settings.model} is on the hub: {address}")
+    return {"model": settings.model, "repository": settings.repo, "address": address}
 
 
 def inspect(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
@@ -296,6 +323,23 @@ COMMANDS = (
         options=(RECIPE, OUT_FOLDER, OVERWRITE),
         takes_quant=True,
         example="qjax quantize fashion-dit --recipe w4a8 --out fashion-dit-w4a8",
+    ),
+    Command(
+        name="push",
+        help="upload a model to the Hugging Face hub, with the token of `hf auth login`",
+        run=push,
+        arguments=(MODEL, ("REPO", "owner/name on the hub; created if it is not there")),
+        options=(
+            Option(
+                name="private",
+                read=switch,
+                default=False,
+                help="create it as a private repository",
+            ),
+            Option(name="revision", read=text, metavar="BRANCH", help="branch to upload to"),
+            Option(name="message", read=text, metavar="TEXT", help="message of the commit"),
+        ),
+        example="qjax push fashion-dit-w4a8 owner/fashion-dit-w4a8 --private",
     ),
     Command(
         name="inspect",

@@ -1,7 +1,7 @@
-"""Writes the tables of "Measured" in the README from `benchmarks/results`.
+"""Writes the tables of "Measured" in the README and of `docs/benchmarks.md` from `benchmarks/results`.
 
-    python scripts/measured_tables.py          # rewrite README.md
-    python scripts/measured_tables.py --check  # exit 1 if it would change
+    python scripts/measured_tables.py          # rewrite both
+    python scripts/measured_tables.py --check  # exit 1 if one would change
 
 Each table stands between two comments with its name. A test runs the check.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 
 FORMATS = {"w8a8": "W8A8", "w4a8": "W4A8", "w4a16": "W4A16"}
 # With groups of 128 where the benchmark has both.
@@ -92,31 +91,101 @@ def sizes() -> str:
     return "\n".join(table)
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed, "sizes": sizes}
+def quality() -> str:
+    """How good the float models of the zoo are."""
+    table = [
+        "| model | guidance | class agreement | FD to the real test set |",
+        "|---|---|---|---|",
+    ]
+    for row in rows("zoo_quality"):
+        if "model" in row:
+            shown = f"{row['class_agreement']:.1%} | {row['fd_to_real_test']:.1f}"
+            table.append(f"| `{row['model']}` | {row['guidance']:g} | {shown} |")
+    return "\n".join(table)
 
 
-def rewritten(text: str) -> str:
-    """The README with today's tables."""
-    for name, make in TABLES.items():
+def tpu() -> str:
+    """What the TPUs' compiler says of a step of DiT-XL/2."""
+    table = [
+        "| weights, activations | parameters (MB) | temporaries (MB) | HBM (MB) | over bfloat16 | int8 matmuls of XLA | kernels |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows("tpu_compile"):
+        sizes = (row["params_bytes"], row["temp_bytes"], row["hbm_bytes"])
+        megabytes = " | ".join(f"{size / 1e6:.0f}" for size in sizes)
+        counts = f"{row['int8_matmuls']} | {row['kernels']}"
+        table.append(
+            f"| {row['setting']}, batch {row['batch']} | {megabytes} | {row['hbm_over_bf16']:.2f} | {counts} |"
+        )
+    return "\n".join(table)
+
+
+def full_size() -> str:
+    """Whole published models, read and quantized tensor by tensor."""
+    table = [
+        "| model | setting | float16 (MB) | saved (MB) | the process grew by (MB) | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("full_size_dit_xl_2", "full_size_sdxl"):
+        for row in rows(name):
+            label = {"sdxl": "Stable Diffusion XL"}.get(row["model"], row["model"])
+            sizes = (row["float16_bytes"], row["saved_bytes"], row["peak_bytes"])
+            megabytes = " | ".join(f"{size / 1e6:.0f}" for size in sizes)
+            table.append(f"| {label} | {row['setting']} | {megabytes} | {row['seconds']:.0f} |")
+    return "\n".join(table)
+
+
+def systems() -> str:
+    """What the recipes leave of the zoo's models."""
+    table = [
+        "| model | recipe | smaller than float16 | PSNR (dB) | SSIM | FD to real pictures, float's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows("demo_full"):
+        ratio = row["bytes_float"] / row["bytes"]
+        distances = f"{row['fd_to_real']:.2f}, {row['fd_to_real_float']:.2f}"
+        table.append(
+            f"| `{row['model']}` | `{row['recipe']}` | {ratio:.2f}x | {row['psnr']:.1f} | "
+            f"{row['ssim']:.3f} | {distances} |"
+        )
+    return "\n".join(table)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "sizes": sizes,
+    "quality": quality,
+    "tpu": tpu,
+    "full size": full_size,
+    "systems": systems,
+}
+
+# Which tables each file has.
+FILES = {"README.md": ("speed", "sizes"), "docs/benchmarks.md": tuple(TABLES)}
+
+
+def rewritten(text: str, file: str) -> str:
+    """The text of a file with today's tables."""
+    for name in FILES[file]:
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md must have one table between the comments of {name!r}.")
+            raise ValueError(f"{file} must have one table between the comments of {name!r}.")
         before, rest = text.split(begin)
-        text = before + begin + make() + end + rest.split(end)[1]
+        text = before + begin + TABLES[name]() + end + rest.split(end)[1]
     return text
 
 
 def main() -> None:
     """Rewrite, or check."""
-    text = README.read_text()
-    new = rewritten(text)
-    if "--check" in sys.argv[1:]:
-        if new != text:
+    for file in FILES:
+        text = (ROOT / file).read_text()
+        new = rewritten(text, file)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / file).write_text(new)
+        elif new != text:
             sys.exit(
-                "README.md: its tables are not those of benchmarks/results. Run this without --check."
+                f"{file}: its tables are not those of benchmarks/results. Run this without --check."
             )
-    else:
-        README.write_text(new)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ os.environ["QJAX_CACHE"] = os.path.join(tempfile.gettempdir(), "qjax-tests-witho
 
 import collections
 import gc
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -77,6 +80,77 @@ def run(capsys):
         return SimpleNamespace(status=status, out=out, err=err)
 
     return run
+
+
+class Hub:
+    """The hub, in a folder: repositories by id and revision, and what it was asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls, self.error = folder, [], None
+
+    def files(self, repository: str, revision: str | None = None) -> Path:
+        return self.folder / "repositories" / repository / (revision or "main")
+
+    def branches(self, repository: str) -> list[str]:
+        folder = self.folder / "repositories" / repository
+        return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+    def create_repo(self, repository, *, private, exist_ok):
+        self._note("create_repo", repository=repository, private=private)
+        assert exist_ok
+
+    def create_branch(self, repository, *, branch, exist_ok):
+        self._note("create_branch", repository=repository, branch=branch)
+        assert exist_ok
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, revision, commit_message):
+        there = sorted(p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*.*"))
+        names = list(filter_repo_objects(there, allow_patterns=allow_patterns))
+        self._note("upload_folder", names=names, revision=revision, message=commit_message)
+        for name in names:
+            place = self.files(repo_id, revision) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder_path / name, place)
+        return SimpleNamespace(commit_url=f"https://hub.invalid/{repo_id}/commit/1")
+
+    def snapshot_download(self, repository, *, revision=None, allow_patterns, token=None):
+        self._note("snapshot_download", revision=revision, patterns=allow_patterns)
+        # A branch and the one commit on it, which is a name of its own.
+        commits = {f"{sum(map(ord, name)):040x}": name for name in self.branches(repository)}
+        branch = commits.get(revision, revision or "main")
+        commit = f"{sum(map(ord, branch)):040x}"
+        source = self.files(repository, branch)
+        if not source.is_dir():
+            raise OSError(f"404 Client Error.\nRepository {repository} not found")
+        there = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
+        cached = self.folder / "cache" / repository / commit
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns):
+            (cached / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, cached / name)
+        cached.mkdir(parents=True, exist_ok=True)
+        return str(cached)
+
+    def asked(self, name: str) -> list[dict]:
+        return [words for call, words in self.calls if call == name]
+
+    def _note(self, call: str, **words) -> None:
+        self.calls.append((call, words))
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory):
+    """The functions of huggingface_hub that the library calls, on a folder instead of a network."""
+    fake = Hub(tmp_path_factory.mktemp("hub"))
+
+    def api(*, token=None):
+        fake.calls.append(("HfApi", {"token": token}))
+        return fake
+
+    monkeypatch.setattr("huggingface_hub.HfApi", api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake.snapshot_download)
+    return fake
 
 
 @pytest.fixture(scope="session")

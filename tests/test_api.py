@@ -91,18 +91,19 @@ def test_a_name_that_is_nothing_names_what_there_is():
 def test_a_hub_id_is_downloaded_and_keeps_its_name(monkeypatch, tmp_path):
     asked = []
 
-    def snapshot_download(repository, *, allow_patterns):
+    def snapshot_download(repository, *, allow_patterns, revision, token):
         asked.append((repository, allow_patterns))
-        return str(copy_of_the_model(tmp_path / "snapshot"))
+        return str(copy_of_the_model(tmp_path / f"snapshot-{len(asked)}"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert qjax.load("somebody/a-model").source.name == "somebody/a-model"
     assert asked[0][0] == "somebody/a-model"
-    assert not any(pattern.endswith((".bin", ".ckpt", "*")) for pattern in asked[0][1])
+    patterns = [pattern for _, patterns in asked for pattern in patterns]
+    assert not any(pattern.endswith((".bin", ".ckpt", "*")) for pattern in patterns)
 
 
 def test_shapes_of_a_hub_id_need_its_configs_alone(monkeypatch, tmp_path):
-    def snapshot_download(repository, *, allow_patterns):
+    def snapshot_download(repository, *, allow_patterns, revision, token):
         assert all(pattern.endswith(".json") for pattern in allow_patterns)
         folder = copy_of_the_model(tmp_path / "snapshot")
         for file in folder.rglob("*.safetensors"):

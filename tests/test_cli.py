@@ -373,7 +373,8 @@ def test_an_older_save_is_replaced_where_asked_for(run, saved, tmp_path):
     second = json.loads(run(*words, "--recipe", "w8a8", "quant.act=null", "--overwrite").out)
     assert first["bytes_quantized"] == second["bytes_quantized"]
     assert json.loads(run("inspect", out, "--json").out)["how"].endswith("activations in float")
-    assert files(tmp_path) == ["out", "out/model.safetensors", "out/qjax.json"]
+    saved = ["README.md", "model.safetensors", "qjax.json"]
+    assert files(tmp_path) == ["out", *(f"out/{name}" for name in saved)]
 
 
 def test_pictures_are_those_of_the_pipeline_whatever_the_batch_and_scale(run, tmp_path):

@@ -1,0 +1,168 @@
+"""The Hugging Face hub: downloading what can be read here, uploading a save.
+
+Only JSON, safetensors and the text files of tokenizers are ever fetched. Which of a repository's
+two layouts it has, that of diffusers or that of `saving.py`, is looked at before any weight is.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qjax.core.manifest import MANIFEST
+from qjax.models.model_card import CARD, HUB_ID, Report
+from qjax.models.saving import save_pipeline
+
+if TYPE_CHECKING:
+    from qjax.models.pipeline import Pipeline
+
+INDEX = "model_index.json"
+
+# No pickle has one of these endings: `*.bin`, `*.ckpt`, `*.pt`, `*.pkl` and `*.msgpack` stay there.
+# `*` stands for folders, too: `unet/config.json`.
+CONFIGS = ("*.json",)
+WEIGHTS = (*CONFIGS, "*.safetensors", "tokenizer*/*.txt", CARD)
+
+
+def split_revision(name: str) -> tuple[str, str | None] | None:
+    """Repository and revision of `owner/name` or `owner/name@revision`; None of anything else."""
+    repository, at, revision = name.partition("@")
+    if not HUB_ID.fullmatch(repository) or (at and not re.fullmatch(r"[\w./-]+", revision)):
+        return None
+    return repository, revision or None
+
+
+def download(
+    repository: str,
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The folder of a repository, downloaded or from the cache of an earlier download.
+
+    Args:
+      repository: `owner/name`.
+      weights: Whether weights are wanted; else the configs alone.
+      revision: Branch, tag or commit; None for the main branch.
+      token: As huggingface_hub has it: None for the one of `hf auth login`, False for none.
+
+    Raises:
+      FileNotFoundError: If the hub did not give it: no such repository or revision, no access, or
+        no connection and nothing in the cache.
+      ValueError: If it has neither of the layouts that are read here.
+    """
+    import huggingface_hub
+
+    def snapshot(patterns: tuple[str, ...], revision: str | None) -> Path:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision, allow_patterns=list(patterns), token=token
+                )
+            )
+        except client_errors() as error:
+            _raise_not_given(repository, revision, error)
+
+    folder = snapshot(CONFIGS, revision)
+    if not any((folder / name).is_file() for name in (MANIFEST, INDEX)):
+        raise ValueError(
+            f"{repository} on the hub holds neither {MANIFEST} (a model saved by qjax) nor {INDEX} "
+            "(diffusers' layout), so it is nothing that can be read here. Of a repository of single "
+            "files download the one you need, and see `qjax convert`."
+        )
+    if not weights:
+        return folder
+    # The commit that was looked at: the branch may have moved on.
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
+    return snapshot(WEIGHTS, commit)
+
+
+def push(
+    pipe: "Pipeline",
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    report: Report | None = None,
+    card: str | None = None,
+) -> str:
+    """Upload a pipeline as `save_pipeline` writes it, and nothing else; the address of the commit.
+
+    Files that the repository has beside those of the save stay as they are.
+
+    Args:
+      pipe: The pipeline.
+      repository: `owner/name`; created if it is not there.
+      private: Whether a repository that is created is private; None for the hub's default.
+      token: As for `download`; it must be allowed to write.
+      revision: Branch to upload to, created from the main one if it is not there; None for that.
+      commit_message: Of the commit; None names qjax and the model.
+      report: As for `save_pipeline`.
+      card: Likewise.
+
+    Raises:
+      ValueError: If the pipeline cannot be saved, or `repository` is no id.
+      OSError: If the hub refused, or could not be reached. Nothing is left half uploaded: the
+        files are one commit.
+    """
+    import huggingface_hub
+
+    if not HUB_ID.fullmatch(repository):
+        raise ValueError(f"repository must be an id of the form owner/name; got {repository!r}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        save_pipeline(pipe, folder, report=report, card=card, place=repository)
+        names = sorted(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        )
+        if commit_message is None:
+            named = pipe.source.name if pipe.source and pipe.source.name else "a model"
+            commit_message = f"Upload {named}, saved by qjax"
+        api = huggingface_hub.HfApi(token=token)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repository, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                allow_patterns=names,
+                revision=revision,
+                commit_message=commit_message,
+            )
+        except client_errors() as error:
+            raise OSError(
+                f"The Hugging Face hub did not take {repository}: {_reason(error)}. Log in with "
+                "`hf auth login`, or give a token that may write to it, and see that the hub can "
+                "be reached; or save to a folder and upload that later."
+            ) from error
+    return str(getattr(commit, "commit_url", commit))
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises, that of its HTTP client included, whichever it is."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    # httpx, of newer versions, has its own base of all its errors; that of requests is an OSError.
+    of_client: list[Any] = [
+        base for base in HfHubHTTPError.__mro__ if base.__module__.partition(".")[0][:5] == "httpx"
+    ]
+    return (OSError, ValueError, EntryNotFoundError, *of_client)
+
+
+def _raise_not_given(repository: str, revision: str | None, error: Exception) -> NoReturn:
+    at = "" if revision is None else f" at revision {revision!r}"
+    raise FileNotFoundError(
+        f"{repository!r}{at} is no local folder, and the Hugging Face hub did not give it: "
+        f"{_reason(error)}. See that the id is right and the hub can be reached; for a private or "
+        "gated repository log in with `hf auth login`. Without a connection a model that was "
+        "downloaded before is read from the cache, and any folder by its path."
+    ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
