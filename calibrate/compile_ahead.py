@@ -152,9 +152,7 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(
-            topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        )
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
         raise ValueError(
             f"{name} cannot be compiled for: {' '.join(str(error).split())[:200]} libtpu has the "
@@ -216,7 +214,9 @@ def compile_ahead(
     for make in (_fit, _sample):
         for group in groups:
             with target("tpu", devices[0].device_kind):
-                lowered = make(pod, network, student, quantized, group, settings, calls, tables, images)
+                lowered = make(
+                    pod, network, student, quantized, group, settings, calls, tables, images
+                )
             programs.append(_compiled(make.__name__[1:], group, lowered))
             if on_program is not None:
                 on_program(programs[-1], len(programs), total)
@@ -247,9 +247,7 @@ def _inputs(block: Block, lead: tuple[int, ...]) -> Any:
 
 def _placed(pod: Pod, tree: Any, *axes: str | None) -> Any:
     sharding = pod.sharding(*axes)
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def _fit(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
@@ -342,9 +340,7 @@ def _sample(pod, network, student, quantized, group, settings, calls, tables, im
             run, mesh=pod.mesh, in_specs=(every, mine, mine), out_specs=mine, check_vma=False
         )(params, args, kwargs)
 
-    params = jax.tree.map(
-        lambda a: a, _without_ranges(params_of(first, quantized))
-    )
+    params = jax.tree.map(lambda a: a, _without_ranges(params_of(first, quantized)))
     place = lambda tree: _placed(pod, tree, spread)  # type: ignore[arg-type]
     return jax.jit(on_device).lower(_placed(pod, params), place(args), place(kwargs))
 
@@ -352,9 +348,7 @@ def _sample(pod, network, student, quantized, group, settings, calls, tables, im
 def _without_ranges(params: Params) -> Params:
     """The params with ranges found as the inputs come, where they would be of the step's row."""
     kernels = {
-        path: q.replace(act=dataclasses.replace(q.act, mode="dynamic"))
-        if q.act is not None
-        else q
+        path: q.replace(act=dataclasses.replace(q.act, mode="dynamic")) if q.act is not None else q
         for path, q in quantized_kernels(params).items()
     }
     return with_kernels(params, kernels)

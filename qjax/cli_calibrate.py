@@ -12,6 +12,8 @@ from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.pod import SHARDS, Pod, start
 from qjax.calibrate.recipe import RUN, Recipe, run
 from qjax.cli_models import (
+    MESH_BLOCK,
+    MESH_DATA,
     MODEL,
     OUT_FOLDER,
     RECIPE,
@@ -213,15 +215,8 @@ STEPS = Option(
 ETA = Option(name="eta", read=real, metavar="E", help="share of fresh noise a step, 0 to 1")
 
 MESH = {
-    "data": Option(
-        name="mesh.data", read=whole(1), metavar="N", help="devices that share the items"
-    ),
-    "block": Option(
-        name="mesh.block",
-        read=whole(1),
-        metavar="N",
-        help="devices that share alike blocks, fitted at once",
-    ),
+    "data": MESH_DATA,
+    "block": MESH_BLOCK,
     "coordinator": Option(
         name="mesh.coordinator",
         read=text,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import qjax
-from qjax import api, recipes
+from qjax import api, recipes, topology_plan
 from qjax.calibrate.recipe import Recipe, data_free_name
 from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, text, whole
 from qjax.cli_output import Output, grid
@@ -41,6 +41,15 @@ RECIPE = Option(
 )
 SEED = Option(
     name="seed", read=whole(), metavar="N", default=0, help="number that all randomness comes from"
+)
+MESH_DATA = Option(
+    name="mesh.data", read=whole(1), metavar="N", help="devices that share the items"
+)
+MESH_BLOCK = Option(
+    name="mesh.block",
+    read=whole(1),
+    metavar="N",
+    help="devices that share alike blocks, fitted at once",
 )
 OUT_FOLDER = Option(
     name="out", read=path, metavar="DIR", required=True, help="folder to write into"
@@ -127,7 +136,20 @@ def plan(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     recipe = chosen_recipe(settings, shapes)
     planned = qjax.plan(shapes, recipe)
     output.say(str(planned))
-    return {"model": settings.model, "recipe": recipe.name, **_plan_dict(planned)}
+    result = {"model": settings.model, "recipe": recipe.name, **_plan_dict(planned)}
+    if settings.topology is None:
+        return result
+    found = topology_plan.compiled_for(
+        settings.model,
+        recipe,
+        settings.topology,
+        output,
+        data=getattr(settings, "mesh.data"),
+        block=getattr(settings, "mesh.block"),
+        images=settings.images,
+    )
+    output.say("", topology_plan.table(found), *topology_plan.summary(found))
+    return result | {"topology": topology_plan.as_dict(found)}
 
 
 def _plan_dict(planned: Plan) -> dict[str, Any]:
@@ -311,7 +333,24 @@ COMMANDS = (
         help="show what quantizing would do to every layer, without doing it",
         run=plan,
         arguments=(PLANNED,),
-        options=(RECIPE,),
+        options=(
+            RECIPE,
+            Option(
+                name="topology",
+                read=text,
+                metavar="SLICE",
+                help="compile calibration and sampling for a TPU slice, as v5e:16x16, without it",
+            ),
+            MESH_DATA,
+            MESH_BLOCK,
+            Option(
+                name="images",
+                read=whole(1),
+                metavar="N",
+                default=1,
+                help="images that a device of the slice samples at once",
+            ),
+        ),
         takes_quant=True,
         example="qjax plan fashion-dit --recipe w4a8",
     ),

@@ -1,0 +1,153 @@
+"""What a calibration and a sampler need on TPUs that are not there, as lines and numbers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from qjax import api
+from qjax.calibrate.compile_ahead import AheadOfTime, Network, Program, compile_ahead
+from qjax.calibrate.pod import SHARDS
+from qjax.calibrate.recipe import Recipe
+from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
+from qjax.cli_output import Output, grid
+from qjax.models.denoisers import build_denoiser
+from qjax.models.published import PUBLISHED, published_shapes
+from qjax.models.unet2d_condition_config import UNet2DConditionConfig
+from qjax.models.unet2d_condition_inputs import abstract_inputs
+from qjax.report_words import bytes_text
+
+STEPS = 20
+"""Of the sampler, unless the recipe has its own."""
+
+
+def network_of(model: str) -> Network:
+    """The float network of a model as shapes, in bfloat16 where it is a published one.
+
+    Args:
+      model: One of `models.published`, or what `qjax.load` takes; of that the weights are read.
+    """
+    if model in PUBLISHED and not Path(model).exists():
+        config = PUBLISHED[model]()
+        data = config.to_diffusers()
+        module = build_denoiser(data["_class_name"], data).model.clone(dtype=jnp.bfloat16)
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), published_shapes(model)
+        )
+        if isinstance(config, UNet2DConditionConfig):
+            x_t, _, told = abstract_inputs(config, size=(config.sample_size,) * 2)
+            return Network(module.apply, params, x_t, told, 2)
+        side = config.sample_size
+        x_t = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+        return Network(module.apply, params, x_t, jax.ShapeDtypeStruct((1,), jnp.int32), 2)
+    pipe = api.load(model)
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    told: Any = None
+    if pipe.reads_prompts:
+        told, _ = pipe.condition(1, prompts="a picture")
+    elif pipe.num_labels is not None:
+        told, _ = pipe.condition(1, labels=0)
+    x_t = jax.ShapeDtypeStruct((1, *pipe.shape), jnp.float32)
+    halves = 2 if pipe.reads_prompts or pipe.null_label is not None else 1
+    return Network(
+        pipe.apply, jax.tree.map(shape, pipe.params), x_t, jax.tree.map(shape, told), halves
+    )
+
+
+def compiled_for(
+    model: str,
+    recipe: Recipe,
+    topology: str,
+    output: Output,
+    *,
+    data: int | None = None,
+    block: int | None = None,
+    images: int = 1,
+) -> AheadOfTime:
+    """Compile a recipe's programs for a topology; progress is shown.
+
+    Raises:
+      ValueError: If no stage of the recipe runs on several devices, or as `compile_ahead`.
+    """
+    stages = [stage for stage in recipe.stages if isinstance(stage, SerialParallelSettings)]
+    if not stages:
+        raise ValueError(
+            f"--topology: {recipe.name} has no stage that is calibrated on several devices; "
+            "those of the s2p and ptqd recipes are."
+        )
+    stage = stages[0]
+    settings = dataclasses.replace(stage, steps=stage.steps or STEPS, shards=stage.shards or SHARDS)
+    # float16, which the recipes store floats in, is no native type of a TPU.
+    quant = dataclasses.replace(recipe.quant, float_dtype="bfloat16")
+    with output.progress(f"compiling for {topology}") as tell:
+        return compile_ahead(
+            network_of(model),
+            quant,
+            settings,
+            topology,
+            data=data,
+            block=block,
+            images=images,
+            on_program=lambda program, done, total: tell(
+                done, total, f"{program.what} {program.block}"
+            ),
+        )
+
+
+def table(found: AheadOfTime) -> Table:
+    """Every program: what it holds on a device, and what it sends."""
+    return grid(
+        ("program", "block", "alike", "arguments", "temporary", "HBM", "collectives", "sent", "s"),
+        [
+            (
+                program.what,
+                program.block or "network",
+                program.blocks,
+                bytes_text(program.argument_bytes),
+                bytes_text(program.temp_bytes),
+                bytes_text(program.hbm_bytes),
+                ", ".join(f"{n} {kind}" for kind, n in program.collectives.items()) or "none",
+                bytes_text(program.collective_bytes),
+                f"{program.seconds:.1f}",
+            )
+            for program in found.programs
+        ],
+        right="alike arguments temporary HBM sent s",
+    )
+
+
+def summary(found: AheadOfTime) -> list[str]:
+    """What matters, in lines."""
+    most = lambda what: f"{bytes_text(found.held(what))} of {bytes_text(int(found.hbm))}"
+    verdict = "fits" if found.fits else "does NOT fit"
+    return [
+        f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "
+        f"{found.block} along blocks; {len(found.programs)} programs compiled in "
+        f"{sum(program.seconds for program in found.programs):.0f} s",
+        f"HBM of a device while blocks are fitted: {most('fit')}",
+        f"HBM of a device while data is collected: at least {bytes_text(found.collecting)} "
+        "(both networks and the data; the program itself was not compiled)",
+        f"HBM of a device while the blocks of the low-bit network run: {most('sample')}",
+        f"it {verdict}",
+    ]
+
+
+def as_dict(found: AheadOfTime) -> dict[str, Any]:
+    """The same as plain numbers."""
+    return {
+        "topology": found.topology,
+        "mesh": {"data": found.data, "block": found.block},
+        "hbm_bytes": int(found.hbm),
+        "fit_bytes": found.held("fit"),
+        "collect_bytes": found.collecting,
+        "sample_bytes": found.held("sample"),
+        "fits": found.fits,
+        "programs": [_program(program) for program in found.programs],
+    }
+
+
+def _program(program: Program) -> dict[str, Any]:
+    return program._asdict()
