@@ -101,9 +101,9 @@ def compare(
     tell(total, "done")
     shown = min(REPORTED_IMAGES, n)
     report = ComparisonReport(
-        title=f"{_name(pipe)}: float and quantized",
-        model=_name(pipe),
-        device=_device(),
+        title=f"{model_name(pipe)}: float and quantized",
+        model=model_name(pipe),
+        device=device_words(),
         sampler=_sampler_words(pipe, steps, guidance_scale, eta),
         versions=(("qjax", __version__), ("jax", jax.__version__)),
         seeds=tuple(range(shown)),
@@ -113,7 +113,7 @@ def compare(
         float_dtype="float16",
         variants=results,
         timesteps=tuple(float(t) for t in pipe.sampler.timesteps(steps)),
-        notes=report_judge.notes(n) if _is_zoo(pipe) else (),
+        notes=report_judge.notes(n) if is_zoo(pipe) else (),
     )
     if out is not None:
         page = Path(out)
@@ -234,7 +234,7 @@ def _result(
 ) -> VariantResult:
     images = drawn.images
     small = min(images.shape[1:3]) < metrics.SSIM_WINDOW
-    known = _is_zoo(pipe)
+    known = is_zoo(pipe)
     distances = report_judge.feature_distances(images, reference.images) if known else ()
     agreement = None
     if known and labels is not None:
@@ -270,15 +270,18 @@ def _origin(pipe: Pipeline, variant: Pipeline) -> tuple[str, ...]:
     return (note,)
 
 
-def _name(pipe: Pipeline) -> str:
+def model_name(pipe: Pipeline) -> str:
+    """What to call a model in tables."""
     return (pipe.source and pipe.source.name) or "a denoiser of your own"
 
 
-def _is_zoo(pipe: Pipeline) -> bool:
-    return _name(pipe) in zoo.names() and pipe.image_shape == (32, 32, 1)
+def is_zoo(pipe: Pipeline) -> bool:
+    """Whether the zoo's classifier can look at its pictures."""
+    return model_name(pipe) in zoo.names() and pipe.image_shape == (32, 32, 1)
 
 
-def _device() -> str:
+def device_words() -> str:
+    """The device that programs run on."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -295,6 +298,6 @@ def _sampler_words(pipe: Pipeline, steps: int, guidance_scale: float | None, eta
 def _label_words(pipe: Pipeline, labels: Sequence[int] | None, count: int) -> tuple[str, ...]:
     if labels is None:
         return ()
-    if _is_zoo(pipe):
+    if is_zoo(pipe):
         return tuple((*CLASSES, "no class")[label] for label in labels[:count])
     return tuple(f"class {label}" for label in labels[:count])
