@@ -17,7 +17,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FIELDS = ("prompt", "caption", "text")
 DELIMITERS = {".tsv": "\t", ".csv": ","}
@@ -48,7 +48,7 @@ def read_prompts(path: Path | str) -> tuple[str, ...]:
 
 def _column(path: Path, text: str, delimiter: str) -> list[str]:
     """The column of prompts of a table with a head; tabs leave quotes alone, commas do not."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     try:
         rows = list(
             csv.reader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting)

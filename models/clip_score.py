@@ -77,7 +77,7 @@ def load_clip(folder: Path | str) -> CLIPScorer:
     folder = Path(folder)
     if (folder / PICKLE).is_file() and not list(folder.glob(f"{STEM}*.safetensors")):
         tensors: Mapping[str, Any] = read_weights(folder / PICKLE).tensors
-        files = (folder / PICKLE,)
+        files: tuple[Path, ...] = (folder / PICKLE,)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     else:
         checkpoint = load_checkpoint(folder, stem=STEM)
@@ -135,7 +135,7 @@ def prepared(images: UInt8[np.ndarray, "b h w c"], side: int) -> Float[np.ndarra
         raise TypeError(f"images must be uint8; got {images.dtype}. Round 255 times the picture.")
     height, width = images.shape[1:3]
     short = min(height, width)
-    size = tuple(int(side * length / short) for length in (width, height))
+    size = int(side * width / short), int(side * height / short)
     left, top = ((length - side) // 2 for length in size)
     colour = np.broadcast_to(images, (*images.shape[:3], 3))
     resized = [
@@ -145,7 +145,8 @@ def prepared(images: UInt8[np.ndarray, "b h w c"], side: int) -> Float[np.ndarra
         for one in colour
     ]
     cut = np.stack(resized)[:, top : top + side, left : left + side]
-    return (cut.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
+    return (cut.astype(np.float32) / 255 - mean) / std
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -156,7 +157,7 @@ def _scores(
     images: Float[Array, "b s s 3"],
     ids: Int[Array, "b t"],
 ) -> Float[Array, " b"]:
-    of_images = CLIPVisionModelWithProjection(vision).apply({"params": params}, images)
+    of_images: Any = CLIPVisionModelWithProjection(vision).apply({"params": params}, images)
     said: Any = CLIPTextModelWithProjection(text).apply({"params": params}, ids)
     cosine = jnp.sum(_unit(of_images) * _unit(said.text_embeds), axis=-1)
     return 100.0 * jnp.maximum(cosine, 0.0)

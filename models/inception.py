@@ -345,10 +345,13 @@ def _features(params: Params, images: UInt8[Array, "b h w c"]) -> InceptionFeatu
     if x.shape[-1] == 1:
         x = jnp.repeat(x, 3, axis=-1)
     x = (resize_as_tensorflow_1(x) - 128.0) / 128.0
-    return InceptionV3().apply({"params": params}, x)
+    features: Any = InceptionV3().apply({"params": params}, x)
+    return features
 
 
-def inception_features(params: Params, images: UInt8[Array, "b h w c"]) -> InceptionFeatures:
+def inception_features(
+    params: Params, images: UInt8[Array | np.ndarray, "b h w c"]
+) -> InceptionFeatures:
     """Features of pictures with 8 bits a channel, of any size; grey ones count as colour.
 
     Computed in float32 whatever the device's default precision; compiled once for a shape.
@@ -369,4 +372,4 @@ def inception_features(params: Params, images: UInt8[Array, "b h w c"]) -> Incep
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must be [b, h, w, 1] or [b, h, w, 3]; got {images.shape}.")
     with jax.default_matmul_precision("float32"):
-        return _features(params, images)
+        return _features(params, jnp.asarray(images))

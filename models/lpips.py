@@ -173,7 +173,8 @@ def _lpips(params: Params, x: Array, y: Array, *, net: str) -> Float[Array, " b"
         colour = jnp.broadcast_to(images.astype(jnp.float32), (*images.shape[:3], 3))
         return colour * 2.0 - 1.0
 
-    return LPIPS(net).apply({"params": params}, scaled(x), scaled(y))
+    distances: Any = LPIPS(net).apply({"params": params}, scaled(x), scaled(y))
+    return distances
 
 
 def lpips(

@@ -60,6 +60,7 @@ from qjax.evaluation_scores import Against, Scoring, draws_of, scores
 from qjax.models import lpips as perceptual
 from qjax.models.clip_score import clip_scores
 from qjax.models.pipeline import Pipeline
+from qjax.models.weight_files import file_sha256
 from qjax.report_layers import how_quantized
 from qjax.zoo import judge
 
@@ -149,7 +150,12 @@ def evaluate(
     pictures = _pictures(images, pipe)
     choice = _choose(metrics, pipe, reference, pictures, nets, prompts, n)
     used = _used(choice, nets)
-    settings = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "seed": seed}
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "eta": eta,
+        "seed": seed,
+    }
     claim = {
         "model": fingerprint(pipe),
         "reference": None if reference is None else fingerprint(reference),
@@ -254,8 +260,8 @@ def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
         return _Pictures()
     path = Path(images)
     if path.suffix == ".npz":
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
-        return _Pictures(name=path.name, statistics=read_statistics(path), digest=digest)
+        statistics = read_statistics(path)
+        return _Pictures(name=path.name, statistics=statistics, digest=file_sha256(path)[:16])
     folder = folder_of(path, grey=pipe.image_shape[-1] == 1)
     size = folder.read([0]).shape[1:]
     if is_zoo(pipe) and size != ZOO_SHAPE:
@@ -327,7 +333,8 @@ class _Measuring:
 
     def looks(self, images: UInt8[np.ndarray, "b h w c"]) -> dict[str, np.ndarray]:
         """The features of some pictures."""
-        keys, found = set(self.choice.keys.values()), {}
+        keys = set(self.choice.keys.values())
+        found: dict[str, np.ndarray] = {}
         if keys & {"pool", "spatial", "logits"}:
             probe = inception_probe(
                 self.nets.inception or {}, spatial="spatial" in keys, logits="logits" in keys
@@ -339,7 +346,8 @@ class _Measuring:
 
     def pairs(self, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
         """The metrics of pairs of pictures."""
-        found, wanted = {}, self.choice.metrics
+        wanted = self.choice.metrics
+        found: dict[str, np.ndarray] = {}
         if "psnr" in wanted:
             found["psnr"] = core.psnr(x, y, data_range=255)
         if "ssim" in wanted:
@@ -354,7 +362,7 @@ class _Measuring:
     def batch(self, numbers: Sequence[int], count: int) -> dict[str, np.ndarray]:
         """What is kept of the pictures of these numbers, of which `count` are no repetitions."""
         drawn = {side: draw(pipe, numbers, **self.settings) for side, pipe in self.pipes.items()}
-        kept = {}
+        kept: dict[str, np.ndarray] = {}
         for side, images in drawn.items():
             kept |= {f"{side}/{key}": rows for key, rows in self.looks(images).items()}
             if "clip" in self.choice.metrics and self.nets.clip is not None:

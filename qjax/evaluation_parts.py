@@ -54,17 +54,18 @@ class Parts:
           ValueError: If a file of an earlier run is damaged.
         """
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        made = path is None or not path.exists()
-        if made:
+        if path is None or not path.exists():
             arrays = {key: np.asarray(value) for key, value in make().items()}
             if path is None:
                 self._kept[name] = arrays
             else:
                 write_tensors(path, arrays)
-        elif wrong := [key for key, t in open_tensors(path).items() if t.shape[0] != rows]:
+            self._names.append(name)
+            return True
+        if wrong := [key for key, t in open_tensors(path).items() if t.shape[0] != rows]:
             raise ValueError(f"{path} must hold {rows} rows; {', '.join(wrong)} do not. Remove it.")
         self._names.append(name)
-        return made
+        return False
 
     def stream(self, key: str) -> Iterator[np.ndarray]:
         """The rows of `key`, part by part, in the order the parts were asked for."""

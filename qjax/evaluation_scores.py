@@ -141,9 +141,12 @@ def _frechet(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
             values[side] = metrics.frechet_distance(known[side], theirs).value
             if draws:
                 x, counts = parts.whole(f"{side}/{key}"), _counts(n, draws)
-                y = theirs if one.side is None else parts.whole(f"{one.side}/{key}")
-                counts_y = None if one.side is None else _counts_of(one, counts, len(y))
-                spread[side] = resampling.frechet_resamples(x, y, counts, counts_y)
+                if one.side is None:
+                    spread[side] = resampling.frechet_resamples(x, theirs, counts)
+                else:
+                    y = parts.whole(f"{one.side}/{key}")
+                    counts_y = _counts_of(one, counts, len(y))
+                    spread[side] = resampling.frechet_resamples(x, y, counts, counts_y)
         yield from _scores_of_sets(scoring, values, spread, _fields(scoring, metric, one, n))
 
 

@@ -14,6 +14,9 @@ References:
   Gretton et al., A Kernel Two-Sample Test, 2012, https://jmlr.org/papers/v13/gretton12a.html.
 """
 
+import itertools
+from collections.abc import Iterable
+
 import numpy as np
 from scipy import special, stats
 
@@ -75,15 +78,16 @@ def frechet_resamples(
       counts_y: Those of `y`: `counts` for pictures that are paired with those of `x`; None leaves
         `y` as it is.
     """
-    fixed = y if isinstance(y, FeatureStatistics) else None
-    if fixed is None and counts_y is None:
-        fixed = FeatureMoments.of(y).statistics()
-    distances = []
-    for i, row in enumerate(counts):
-        theirs = fixed
-        if theirs is None:
-            theirs = FeatureMoments.of(y, counts_y[i]).statistics()
-        distances.append(frechet_distance(FeatureMoments.of(x, row).statistics(), theirs).value)
+    if isinstance(y, FeatureStatistics):
+        sets: Iterable[FeatureStatistics] = itertools.repeat(y, len(counts))
+    elif counts_y is None:
+        sets = itertools.repeat(FeatureMoments.of(y).statistics(), len(counts))
+    else:
+        sets = (FeatureMoments.of(y, row).statistics() for row in counts_y)
+    distances = [
+        frechet_distance(FeatureMoments.of(x, row).statistics(), theirs).value
+        for row, theirs in zip(counts, sets, strict=True)
+    ]
     return np.array(distances)
 
 
