@@ -6,8 +6,9 @@ network as sampling runs them: of blocks of equal structure one, on the whole me
 the compiler says a program holds on a device, arguments, results and temporaries, and beside it
 what stays there in the meantime: the quantized network while blocks are fitted or run.
 
-The program that collects a block's data runs the whole network; it takes the compiler many
-minutes and is compiled only if asked for.
+The compiler is told to take no pains (`QUICKLY`), so that a model takes minutes. The program that
+collects a block's data runs the whole network, which would take it longer than all blocks: it is
+not compiled, and of its memory only the least is told.
 """
 
 import dataclasses
@@ -37,6 +38,10 @@ from qjax.kernels.target import target
 
 HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 """Bytes of a chip, as Google Cloud's pages of TPU versions have them."""
+
+QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+"""Options of the compiler: what it does for speed is left out. Of three blocks of Stable
+Diffusion v1-4 programs took 16 s instead of 79, and -0.3 to +4.8 % as much temporary memory."""
 
 _COLLECTIVE = re.compile(
     r"= (?P<shapes>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|"
@@ -328,6 +333,7 @@ def _sample(pod, network, student, quantized, group, settings, calls, tables, im
     del student, settings, calls, tables
     first: Block = group[0]
     module = first.module
+    assert module is not None
     args, kwargs = _inputs(first, (images * network.halves * pod.data * pod.block,))
     spread = (BLOCK, DATA)
 
@@ -356,7 +362,7 @@ def _without_ranges(params: Params) -> Params:
 
 def _compiled(what: str, group: tuple[Block, ...], lowered: Any) -> Program:
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=QUICKLY)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes

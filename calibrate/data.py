@@ -8,7 +8,6 @@ Both halves of guidance belong to an item: they share its samples.
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,22 +89,6 @@ class CalibrationSet:
             return {}
         labels = self.labels or tuple(range(pipe.num_labels))
         return {"labels": [labels[i % len(labels)] for i in range(self.items)]}
-
-
-def read_prompts(path: Path | str) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; empty lines and those that begin with # are not.
-
-    Raises:
-      ValueError: If there is none, or the file is not UTF-8.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} must be a text file in UTF-8, one prompt a line.") from None
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not prompts:
-        raise ValueError(f"{path} must hold at least one prompt, one a line; it has none.")
-    return prompts
 
 
 def warn_of_long_prompts(pipe: Pipeline, prompts: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from qjax import calibrate as calibrate
 from qjax import recipes as recipes
 from qjax._version import __version__ as __version__
 from qjax.api import compare as compare
+from qjax.api import evaluate as evaluate
 from qjax.api import load as load
 from qjax.api import plan as plan
 from qjax.api import quantize as quantize

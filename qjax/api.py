@@ -1,4 +1,4 @@
-"""load, quantize, plan and compare: the few functions that join the floors."""
+"""load, quantize, plan, compare and evaluate: the few functions that join the floors."""
 
 import os
 import warnings
@@ -12,6 +12,7 @@ from qjax.core import quantize as core
 from qjax.core.config import QuantConfig
 from qjax.core.plan import Plan
 from qjax.core.typing import Params
+from qjax.evaluation import evaluate as evaluate
 from qjax.models.hub import download, split_revision
 from qjax.models.loading import load_pipeline, load_shapes
 from qjax.models.pipeline import Pipeline

@@ -16,7 +16,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from qjax import cli_calibrate, cli_convert, cli_demo, cli_machine, cli_models, cli_pictures
+from qjax import (
+    cli_calibrate,
+    cli_convert,
+    cli_demo,
+    cli_evaluate,
+    cli_machine,
+    cli_models,
+    cli_pictures,
+)
 from qjax._version import __version__
 from qjax.cli_options import Command, add_options, resolve
 from qjax.cli_output import Output
@@ -26,6 +34,7 @@ COMMANDS: tuple[Command, ...] = (
     *cli_models.COMMANDS,
     *cli_calibrate.COMMANDS,
     *cli_pictures.COMMANDS,
+    *cli_evaluate.COMMANDS,
     *cli_machine.COMMANDS,
     *cli_convert.COMMANDS,
 )

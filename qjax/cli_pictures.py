@@ -13,9 +13,10 @@ from PIL import Image, PngImagePlugin
 
 import qjax
 from qjax import report
-from qjax.calibrate.data import CalibrationSet, read_prompts
+from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.noise_correction import ENTRY
 from qjax.calibrate.noise_refit import refit, settings_of
+from qjax.calibrate.prompt_files import read_prompts
 from qjax.calibrate.recipe import recipe_of_run
 from qjax.cli_models import MODEL, SEED, load_model
 from qjax.cli_options import (
@@ -53,7 +54,7 @@ PROMPTS = Option(
     name="prompts",
     read=path,
     metavar="FILE",
-    help="texts to draw, one a line, for models that read prompts",
+    help="texts to draw, for models that read prompts: one a line, or a .tsv, .csv or .json of them",
 )
 STEPS = Option(name="steps", read=whole(1), metavar="N", default=20, help="steps of the sampler")
 GUIDANCE = Option(
@@ -86,7 +87,7 @@ def label_numbers(words: Sequence[str] | None, pipe: Pipeline) -> list[int] | No
 
 
 def prompt_lines(file: Path | None) -> list[str] | None:
-    """The lines of a text file that are not empty.
+    """The prompts of a file.
 
     Raises:
       FileNotFoundError: If there is no such file.
@@ -95,7 +96,9 @@ def prompt_lines(file: Path | None) -> list[str] | None:
     if file is None:
         return None
     if not file.is_file():
-        raise FileNotFoundError(f"--prompts must be a file with one prompt a line; got {file}.")
+        raise FileNotFoundError(
+            f"--prompts must be a file, one prompt a line for example; got {file}."
+        )
     return list(read_prompts(file))
 
 
@@ -269,7 +272,7 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     with output.progress("comparing") as tell:
         found = qjax.compare(
             a,
-            {_short(settings.model_b): b},
+            {short_name(settings.model_b): b},
             num_images=settings.num_images,
             labels=labels,
             prompts=prompts,
@@ -293,10 +296,10 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
 def _recipe_of(model: str) -> dict[str, str]:
     """Name of the recipe that a calibration wrote beside the model; empty where none did."""
     name = recipe_of_run(Path(model))
-    return {} if name is None else {_short(model): name}
+    return {} if name is None else {short_name(model): name}
 
 
-def _short(model: str) -> str:
+def short_name(model: str) -> str:
     """The last part of a path or hub id: what to call a model in a table's head."""
     return Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
 

@@ -142,9 +142,9 @@ def compare(
     shown = order[:REPORTED_IMAGES]
     said = _label_words(pipe, labels) if prompts is None else tuple(prompts)
     report = ComparisonReport(
-        title=f"{_name(pipe)}: float and quantized",
+        title=f"{model_name(pipe)}: float and quantized",
         model=_model_words(pipe),
-        device=_device(),
+        device=device_words(),
         sampler=_sampler_words(pipe, steps, guidance_scale, eta),
         versions=(("qjax", __version__), ("jax", jax.__version__)),
         seeds=tuple(shown),
@@ -155,7 +155,7 @@ def compare(
         variants=results,
         timesteps=tuple(float(t) for t in pipe.sampler.timesteps(steps)),
         worst_shown=worst,
-        notes=report_judge.notes(n) if _is_zoo(pipe) else (),
+        notes=report_judge.notes(n) if is_zoo(pipe) else (),
     )
     if out is not None:
         page = Path(out)
@@ -321,7 +321,7 @@ def _result(
 ) -> VariantResult:
     images = drawn.images
     small = min(images.shape[1:3]) < metrics.SSIM_WINDOW
-    known = _is_zoo(pipe)
+    known = is_zoo(pipe)
     distances = report_judge.feature_distances(images, reference.images) if known else ()
     agreement = None
     if known and labels is not None:
@@ -385,7 +385,8 @@ def _origin(pipe: Pipeline, variant: Pipeline) -> tuple[str, ...]:
     return (note,)
 
 
-def _name(pipe: Pipeline) -> str:
+def model_name(pipe: Pipeline) -> str:
+    """What to call a model in tables."""
     return (pipe.source and pipe.source.name) or "a denoiser of your own"
 
 
@@ -394,16 +395,18 @@ def _model_words(pipe: Pipeline) -> str:
     count = sum(math.prod(leaf.shape) for _, leaf in flatten(pipe.params))
     height, width = pipe.image_shape[:2]
     kind = f"a {pipe.source.model} of " if pipe.source else ""
-    what = "pictures of clothes" if _is_zoo(pipe) else "pictures"
-    words = f"{_name(pipe)}, {kind}{count_text(count)} numbers that draws {what}"
+    what = "pictures of clothes" if is_zoo(pipe) else "pictures"
+    words = f"{model_name(pipe)}, {kind}{count_text(count)} numbers that draws {what}"
     return f"{words} of {height} × {width} pixels"
 
 
-def _is_zoo(pipe: Pipeline) -> bool:
-    return _name(pipe) in zoo.names() and pipe.image_shape == (32, 32, 1)
+def is_zoo(pipe: Pipeline) -> bool:
+    """Whether the zoo's classifier can look at its pictures."""
+    return model_name(pipe) in zoo.names() and pipe.image_shape == (32, 32, 1)
 
 
-def _device() -> str:
+def device_words() -> str:
+    """The device that programs run on."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -420,6 +423,6 @@ def _sampler_words(pipe: Pipeline, steps: int, guidance_scale: float | None, eta
 def _label_words(pipe: Pipeline, labels: Sequence[int] | None) -> tuple[str, ...]:
     if labels is None:
         return ()
-    if _is_zoo(pipe):
+    if is_zoo(pipe):
         return tuple((*CLASSES, "no class")[label] for label in labels)
     return tuple(f"class {label}" for label in labels)

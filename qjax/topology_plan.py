@@ -30,6 +30,7 @@ def network_of(model: str) -> Network:
     Args:
       model: One of `models.published`, or what `qjax.load` takes; of that the weights are read.
     """
+    told: Any
     if model in PUBLISHED and not Path(model).exists():
         config = PUBLISHED[model]()
         data = config.to_diffusers()
@@ -38,14 +39,16 @@ def network_of(model: str) -> Network:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), published_shapes(model)
         )
         if isinstance(config, UNet2DConditionConfig):
-            x_t, _, told = abstract_inputs(config, size=(config.sample_size,) * 2)
+            size = config.sample_size
+            side = size if isinstance(size, tuple) else (size, size)
+            x_t, _, told = abstract_inputs(config, size=side)
             return Network(module.apply, params, x_t, told, 2)
-        side = config.sample_size
-        x_t = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+        edge = config.sample_size
+        x_t = jax.ShapeDtypeStruct((1, edge, edge, config.in_channels), jnp.float32)
         return Network(module.apply, params, x_t, jax.ShapeDtypeStruct((1,), jnp.int32), 2)
     pipe = api.load(model)
     shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    told: Any = None
+    told = None
     if pipe.reads_prompts:
         told, _ = pipe.condition(1, prompts="a picture")
     elif pipe.num_labels is not None:
@@ -124,12 +127,16 @@ def summary(found: AheadOfTime) -> list[str]:
     most = lambda what: f"{bytes_text(found.held(what))} of {bytes_text(int(found.hbm))}"
     verdict = "fits" if found.fits else "does NOT fit"
     return [
-        f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "
-        f"{found.block} along blocks; {len(found.programs)} programs compiled in "
-        f"{sum(program.seconds for program in found.programs):.0f} s",
+        (
+            f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "
+            f"{found.block} along blocks; {len(found.programs)} programs compiled in "
+            f"{sum(program.seconds for program in found.programs):.0f} s"
+        ),
         f"HBM of a device while blocks are fitted: {most('fit')}",
-        f"HBM of a device while data is collected: at least {bytes_text(found.collecting)} "
-        "(both networks and the data; the program itself was not compiled)",
+        (
+            f"HBM of a device while data is collected: at least {bytes_text(found.collecting)} "
+            "(both networks and the data; the program itself was not compiled)"
+        ),
         f"HBM of a device while the blocks of the low-bit network run: {most('sample')}",
         f"it {verdict}",
     ]

@@ -39,6 +39,7 @@ from qjax.models.text_encoders.clip_config import (
     ACTIVATIONS,
     LEGACY_EOS_TOKEN_ID,
     CLIPTextConfig,
+    CLIPTowerConfig,
 )
 
 __all__ = [
@@ -149,7 +150,7 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention among visible tokens."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
 
     @nn.compact
     def __call__(
@@ -168,7 +169,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers with an activation in between."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -179,7 +180,7 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and MLP, each on the normalised states and added to them."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
 
     @nn.compact
     def __call__(
@@ -193,7 +194,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """The layers one after the other; gives the states before, between and after them."""
 
-    config: CLIPTextConfig
+    config: CLIPTowerConfig
 
     @nn.compact
     def __call__(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import linen as nn
@@ -50,6 +50,21 @@ _INERT_KEYS = """
     tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p use_bfloat16 use_cache
 """
+
+
+class CLIPTowerConfig(Protocol):
+    """What the layers of a text tower and of a vision tower read of its config."""
+
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

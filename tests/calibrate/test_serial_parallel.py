@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qjax.calibrate import recipe as recipes
-from qjax.calibrate.data import CalibrationSet, read_prompts, timesteps_of
+from qjax.calibrate.data import CalibrationSet, timesteps_of
 from qjax.calibrate.recipe import Recipe, quantize_pipeline, run
 from qjax.calibrate.reconstruction import FitSettings
 from qjax.calibrate.serial_parallel import SerialParallel
@@ -179,18 +179,6 @@ def test_sets_that_do_not_suit_the_model_are_refused(dit, key):
         CalibrationSet(prompts=("a cat",)).draw(dit, key)
     with pytest.raises(ValueError, match="items must be at least 1"):
         CalibrationSet(items=0)
-
-
-def test_prompts_are_read_a_line_each(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("# comment\na cat\n\n  a dog \n", encoding="utf-8")
-    assert read_prompts(path) == ("a cat", "a dog")
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="must hold at least one prompt"):
-        read_prompts(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="UTF-8"):
-        read_prompts(path)
 
 
 def test_timesteps_are_spread_evenly_with_both_ends():

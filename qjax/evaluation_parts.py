@@ -1,0 +1,124 @@
+"""What an evaluation keeps of pictures that it has drawn, measured and thrown away.
+
+Pictures are done in parts of one size, counted from 0, whatever the batch. Of a part a few numbers
+and features of each picture stay: in a file that appears when it is whole, or in memory. A run that
+was killed goes on at the part it was in and ends with the same numbers. Two jobs that write into
+one folder at once do each other no harm, but each draws what it does not find: their parts are
+equal.
+
+`run.json` says whose run the folder is; another run is refused, and the differences named.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
+
+__all__ = ["Parts"]
+
+RUN = "run.json"
+Arrays = dict[str, np.ndarray]
+
+
+class Parts:
+    """The measurements of a run, in parts.
+
+    Args:
+      folder: Where they are kept; None keeps them in memory.
+      claim: What the run is of, in values of JSON; all of it must be that of the folder.
+
+    Raises:
+      ValueError: If the folder belongs to another run, or is no folder for a run.
+    """
+
+    def __init__(self, folder: Path | None, claim: Mapping[str, Any]):
+        self.folder = folder
+        self._names: list[str] = []
+        self._kept: dict[str, Arrays] = {}
+        if folder is not None:
+            self._claim(folder, json.loads(json.dumps(claim)))
+
+    def part(self, name: str, rows: int, make: Callable[[], Mapping[str, np.ndarray]]) -> bool:
+        """Have the part, made now or in an earlier run; whether it was made now.
+
+        Args:
+          name: Its name: letters, digits, `-`.
+          rows: Pictures in it, the first axis of every array.
+          make: Measures them.
+
+        Raises:
+          ValueError: If a file of an earlier run is damaged.
+        """
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        if path is None or not path.exists():
+            arrays = {key: np.asarray(value) for key, value in make().items()}
+            if path is None:
+                self._kept[name] = arrays
+            else:
+                write_tensors(path, arrays)
+            self._names.append(name)
+            return True
+        if wrong := [key for key, t in open_tensors(path).items() if t.shape[0] != rows]:
+            raise ValueError(f"{path} must hold {rows} rows; {', '.join(wrong)} do not. Remove it.")
+        self._names.append(name)
+        return False
+
+    def stream(self, key: str) -> Iterator[np.ndarray]:
+        """The rows of `key`, part by part, in the order the parts were asked for."""
+        for name in self._names:
+            if self.folder is None:
+                kept = self._kept[name]
+                if key in kept:
+                    yield kept[key]
+            else:
+                tensors = open_tensors(self.folder / f"{name}.safetensors")
+                if key in tensors:
+                    yield tensors[key].read()
+
+    def whole(self, key: str) -> np.ndarray:
+        """All rows of `key`, one after the other.
+
+        Raises:
+          KeyError: If no part has any.
+        """
+        found = list(self.stream(key))
+        if not found:
+            raise KeyError(f"no part holds {key!r}.")
+        return np.concatenate(found)
+
+    def _claim(self, folder: Path, mine: Mapping[str, Any]) -> None:
+        path = folder / RUN
+        if not path.exists():
+            if folder.exists() and (not folder.is_dir() or _visible(folder)):
+                raise ValueError(f"{folder} is no empty folder, and no evaluation. Use another.")
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write((json.dumps(mine, indent=1) + "\n").encode())
+            return
+        try:
+            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
+            raise ValueError(f"{path} is not what a run has written. Use another folder.") from None
+        keys = sorted(mine.keys() | theirs.keys())
+        if wrong := [key for key in keys if theirs.get(key) != mine.get(key)]:
+            raise ValueError(
+                f"{folder} belongs to another run: "
+                + ", ".join(
+                    f"{k} {_short(theirs.get(k))}, now {_short(mine.get(k))}" for k in wrong
+                )
+                + ". Use another folder."
+            )
+
+
+def _visible(folder: Path) -> bool:
+    """Whether something lies in a folder, files that another job is writing aside."""
+    return any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 60 else f"{words[:57]}..."
