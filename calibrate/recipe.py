@@ -22,6 +22,7 @@ from flax import traverse_util
 from qjax.calibrate.programs import drop_programs
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
+from qjax.core.plain_json import read_json
 from qjax.core.quantize import quantize
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 from qjax.core.serialize import flatten
@@ -284,9 +285,9 @@ def _check_claim(out: Path, mine: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        theirs = dict(json.loads(path.read_text()))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is not what a run has written. Use another folder.") from None
+        theirs = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error} It is not what a run has written; use another folder.") from None
     if wrong := [key for key in mine if theirs.get(key) != mine[key]]:
         raise ValueError(
             f"{out} belongs to another run: "

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import platform as platform_
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def machine() -> str:
 @functools.cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform_.processor() or platform_.machine()
@@ -153,7 +154,7 @@ def choice(problem: Problem) -> Choice | None:
     if not isinstance(found, dict):
         return None
     blocks = found.get("blocks")
-    kept = Choice(found.get("implementation", ""), tuple(blocks) if blocks else None)
+    kept = Choice(found.get("implementation", ""), tuple(blocks) if type(blocks) is list else None)
     # Blocks that somebody wrote by hand could leave out a part of the result.
     return kept if kept in candidates(problem) else None
 
@@ -197,7 +198,9 @@ def _file() -> dict[str, Any]:
         version = (str(file), status.st_mtime_ns, status.st_ino)
         if _read[0] == version:
             return _read[1]
-        found = json.loads(file.read_text())
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return {}
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return {}
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.models.checkpoints import is_plain_path, listed
 from qjax.models.components import Component, build_component
 from qjax.models.conditioners import (
     ClassConditioner,
@@ -93,6 +94,21 @@ def read_sides(
     Raises:
       ValueError: If files or params are missing, or were changed.
     """
+    for one in record.get("loras", []):
+        if not (
+            type(one["name"]) is str
+            and type(one["scale"]) in (int, float)
+            and all(
+                type(rank) is int and rank > 0
+                for ranks in one["ranks"].values()
+                for rank in ranks.values()
+            )
+        ):
+            raise ValueError(f"{folder} describes a LoRA with impossible values: {one!r:.200}.")
+    if outside := [name for name in record["files"] if not is_plain_path(name)]:
+        raise ValueError(
+            f"{folder} names files outside of it: {listed(outside)}. Do not use this save."
+        )
     changed = [
         name
         for name, digest in record["files"].items()

@@ -274,8 +274,8 @@ def _read_file(
 
 def _parse(key: str, raw: str) -> Any:
     try:
-        return yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        return read_yaml(key, raw)
+    except ValueError as error:
         raise ValueError(f"{key}={raw} is not understood: {_one_line(error)}.") from None
 
 

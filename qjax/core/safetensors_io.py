@@ -21,9 +21,9 @@ import io
 import json
 import os
 import secrets
+import stat
 import struct
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +35,8 @@ from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
+
+from qjax.core.plain_json import unique
 
 # The official implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
@@ -79,11 +81,16 @@ class _Source:
     """
 
     def __init__(self, path: Path):
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        # Not blocking: opening a pipe would wait for its other end.
+        flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, os.O_RDONLY | flags)
         weakref.finalize(self, os.close, descriptor)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _error(path, "it must be a plain file, and no folder, pipe or device.")
         self.path = path
         self.file = io.FileIO(descriptor, closefd=False)
-        self.size = os.fstat(descriptor).st_size
+        self.size = status.st_size
         self.lock = Lock()
 
     def read_into(self, out: memoryview, offset: int) -> bool:
@@ -290,22 +297,11 @@ def _read_header(source: _Source) -> tuple[dict[str, Any], int]:
         raise _error(source.path, f"the header must begin with '{{'; got {_show(bytes(raw[:16]))}.")
     try:
         header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
         raise _error(source.path, f"the header must be one JSON object; got {error}.") from None
     return header, start
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different, and text."""
-    result = dict(pairs)
-    for key in result:
-        key.encode("utf-8")  # raises for half of a surrogate pair
-    if len(result) != len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_show(twice)} twice")
-    return result
 
 
 def _refuse_constant(text: str) -> Any:
