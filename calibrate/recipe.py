@@ -22,6 +22,7 @@ from flax import traverse_util
 from qjax.calibrate.programs import drop_programs
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
+from qjax.core.locks import locked
 from qjax.core.plain_json import read_json
 from qjax.core.quantize import quantize
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
@@ -198,12 +199,33 @@ def run(
     Raises:
       ValueError: If `out` holds the stages of another recipe, seed or model, `pipe` could not
         be saved there, or a stage's settings do not suit it; before anything is computed.
+      BlockingIOError: If another process is at work in `out`; the message says which.
     """
     for stage in recipe.stages:
         check = getattr(stage, "check", None)
         if check is not None:
             check(pipe)
     folder = None if out is None else Path(out)
+    settings = {"resume": resume, "seed": seed, "on_stage": on_stage, "on_event": on_event}
+    if folder is None:
+        return _run(pipe, recipe, None, **settings)
+    claim = _claim_of(pipe, recipe, seed)  # fails before the folder is made
+    _check_claim(folder, claim)
+    with locked(folder):
+        return _run(pipe, recipe, folder, **settings)
+
+
+def _run(
+    pipe: Pipeline,
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    resume: bool,
+    seed: int,
+    on_stage: Callable[[int, int, str], None] | None,
+    on_event: OnEvent | None,
+) -> Pipeline:
+    """`run`, in a folder that is ours alone."""
     total, done, student, floats = len(recipe.stages), 0, None, None
     if folder is not None:
         claim = _claim_of(pipe, recipe, seed)
@@ -245,7 +267,7 @@ def run(
 def _remove_parts(folder: Path | None) -> None:
     """What a finished stage needs no more: its parts, but not its log."""
     if folder is not None:
-        for path in folder.glob("*.safetensors"):
+        for path in (*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.*.tmp")):
             path.unlink()
 
 

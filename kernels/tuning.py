@@ -167,15 +167,43 @@ def choices() -> dict[str, Any]:
 
 def keep(measured: Mapping[Problem, Choice]) -> Path:
     """Write choices for this machine into the file, beside what it has."""
-    file, known = path(), dict(_file())
     mine = {problem.name(): one._asdict() for problem, one in measured.items()}
-    known[machine()] = choices() | mine
     check_writable()
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
-        json.dump(known, new, indent=1, sort_keys=True)
-    os.chmod(new.name, 0o644)  # temporary files are their owner's alone
-    os.replace(new.name, file)
+    file = path()
+    with _only_one(file):
+        known = dict(_file())
+        known[machine()] = choices() | mine
+        # Nobody else is at it: what is there of this name was left by a process that was killed.
+        for left in file.parent.glob(f".{file.stem}-*.tmp"):
+            left.unlink(missing_ok=True)
+        new = file.with_name(f".{file.stem}-{os.getpid()}.tmp")
+        try:
+            with open(new, "w", encoding="utf-8") as text:
+                json.dump(known, text, indent=1, sort_keys=True)
+                text.flush()
+                os.fsync(text.fileno())
+            os.replace(new, file)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
     return file
+
+
+@contextlib.contextmanager
+def _only_one(file: Path) -> Iterator[None]:
+    """One process at a time, so that two that tune at once keep the choices of both.
+
+    The lock ends with the process; its file stays. Where there are no such locks, the last wins.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(file.with_name(f".{file.stem}.lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a network disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def check_writable() -> None:

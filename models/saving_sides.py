@@ -27,7 +27,7 @@ from qjax.models.conditioners import (
 from qjax.models.decoders import LatentDecoder
 from qjax.models.lora import AttachedLoRA
 from qjax.models.pipeline import Pipeline
-from qjax.models.text_encoders.tokenizers import load_tokenizer
+from qjax.models.text_encoders.tokenizers import FILES, load_tokenizer
 
 DECODER, CLASSES = "vae", "class_embedder"
 
@@ -69,7 +69,7 @@ def sides_of(pipe: Pipeline) -> SavedSides:
         record["zero_without_negative"] = conditioner.zero_without_negative
         for i, tower in enumerate(conditioner.towers):
             components[tower_name(i)] = tower.component
-            paths = sorted(path for path in tower.files.iterdir() if path.is_file())
+            paths = [tower.files / name for name in FILES if (tower.files / name).is_file()]
             files |= {f"{_words(i)}/{path.name}": path for path in paths}
     elif conditioner is not None:
         raise ValueError(

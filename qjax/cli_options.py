@@ -16,8 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
 from qjax.core.plain_yaml import read_yaml
 
 QUANT = "quant"

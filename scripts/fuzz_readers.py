@@ -35,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,7 +264,7 @@ def _tensor_readers(folder: Path, rng: np.random.Generator) -> list[Target]:
 
     def read_part(data: bytes) -> None:
         _fresh(data, parts / "one.safetensors")
-        Work(parts).part("one", lambda: {})
+        Work(parts).part("one", dict)
         (parts / "log.jsonl").unlink(missing_ok=True)
 
     return [
@@ -710,6 +709,28 @@ def _before(out: Path | None, seed: int) -> tuple[int, float, Table]:
     return old["executions"], old["seconds"], table
 
 
+def _joined(paths: list[Path]) -> dict[str, Any]:
+    """One summary of several processes' that ran the same code with other seeds."""
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    table: Table = collections.defaultdict(collections.Counter)
+    for part in parts:
+        _add(table, {name: collections.Counter(kinds) for name, kinds in part["readers"].items()})
+    seeds = [part["seed"] for part in parts]
+    same = ("commit", "changed_files", "limits", "versions", "python")
+    if len(set(seeds)) < len(seeds) or any(part[k] != parts[0][k] for part in parts for k in same):
+        sys.exit("summaries can be joined if seeds differ and code, versions and limits do not.")
+    total, seconds = (sum(part[key] for part in parts) for key in ("executions", "seconds"))
+    return parts[0] | {
+        "executions": total,
+        "failed": sum(part["failed"] for part in parts),
+        "seed": seeds,
+        "seconds": round(seconds, 1),
+        "per_second": round(total / seconds, 1),
+        "peak_memory_mb": max(part["peak_memory_mb"] for part in parts),
+        "readers": {name: dict(kinds) for name, kinds in sorted(table.items())},
+    }
+
+
 def main() -> None:
     """Print a table of outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -717,7 +738,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"))
     parser.add_argument("--out", type=Path, help="JSON of the counts, written after every round")
+    parser.add_argument("--join", type=Path, nargs="+", help="only join these summaries into --out")
     args = parser.parse_args()
+    if args.join:
+        args.out.write_text(json.dumps(_joined(args.join), indent=1) + "\n", encoding="utf-8")
+        return
     jax.config.update("jax_platforms", "cpu")
     done, before, table = _before(args.out, args.seed)
     start = time.perf_counter() - before

@@ -24,6 +24,16 @@ from qjax.core.typing import Int
 from qjax.models.checkpoints import listed
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""What a tokenizer is read from, and what is copied of its folder with a pipeline."""
+
 # A tokenizer whose folder names no length claims one of 1e30.
 _LONGEST = 100_000
 
