@@ -187,7 +187,7 @@ class UNet2DConditionConfig:
         values = fields | {key: value for key, value in given.items() if key in fields}
         values |= {key: bool(values[key]) for key in _FLAGS}  # published files have null for no
         width = values["cross_attention_dim"]
-        if isinstance(width, tuple) and len(set(width)) == 1:
+        if isinstance(width, tuple) and width and all(one == width[0] for one in width):
             values["cross_attention_dim"] = width[0]
         wrong = refused + value_problems(cls, values)
         values = with_defaults(cls, values)

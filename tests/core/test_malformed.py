@@ -146,6 +146,8 @@ DDIM = {"_class_name": "DDIMScheduler"}
         (UNet2DConditionConfig.from_diffusers, SDXL, "layers_per_block", 1000),
         (UNet2DConditionConfig.from_diffusers, SDXL, "transformer_layers_per_block", [1, 2, 99]),
         (UNet2DConditionConfig.from_diffusers, SDXL, "act_fn", {}),
+        (UNet2DConditionConfig.from_diffusers, SDXL, "cross_attention_dim", [{"a": 1}, 2]),
+        (UNet2DConditionConfig.from_diffusers, SDXL, "freq_shift", 2**32),
         (AutoencoderKLConfig.from_diffusers, KL, "norm_num_groups", 0),
         (AutoencoderKLConfig.from_diffusers, KL, "scaling_factor", float("inf")),
         (AutoencoderKLConfig.from_diffusers, KL, "latent_channels", 10**12),
@@ -159,7 +161,7 @@ DDIM = {"_class_name": "DDIMScheduler"}
 )
 def test_a_config_with_a_value_that_no_network_has_is_refused(read, good, key, value):
     read(good)
-    with pytest.raises(ValueError, match=key.removeprefix("transformer_layers_")):
+    with pytest.raises(ValueError, match="transformer" if key.startswith("transformer") else key):
         read(good | {key: value})
 
 
