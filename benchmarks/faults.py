@@ -283,7 +283,7 @@ def kills_in_quantize(folder: Path, rng: random.Random, count: int) -> dict[str,
     now = "w4a8"
     for _ in range(count):
         new = "w8a8" if now == "w4a8" else "w4a8"
-        moment = (0.6 + 0.5 * rng.random()) * seconds
+        moment = (0.2 + 0.7 * rng.random()) * seconds
         found["killed"] += killed(lambda new=new: quantize(new), moment)
         have = digests(out)
         check(have in good.values(), "neither the old nor the new save")

@@ -21,12 +21,14 @@ def read_yaml(path: Path | str, text: str | bytes) -> Any:
       ValueError: If it is no YAML, has a key twice or is too long, or has references
         (`*name`), by which a small file could stand for an enormous one.
     """
-    import yaml
-
     if len(text) > MAX_BYTES:
         raise ValueError(f"{path} is larger than a YAML file may be here, {MAX_BYTES:,} bytes.")
     try:
-        return yaml.load(text if isinstance(text, str) else text.decode(), Loader=_loader())
+        loader = _loader()(text if isinstance(text, str) else text.decode())
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except _Reference:
         said = f"{path} has references (*name), which are not read. Write them out."
         raise ValueError(said) from None
