@@ -7,6 +7,7 @@ over the list. A recipe hashes to a name, and so does every prefix of its stages
 interrupted run knows how far it came.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,8 @@ from qjax.calibrate.preemption import preemptible
 from qjax.calibrate.programs import drop_programs
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
+from qjax.core.locks import locked
+from qjax.core.plain_json import read_json
 from qjax.core.quantize import quantize
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 from qjax.core.serialize import flatten
@@ -217,28 +220,44 @@ def run(
     Raises:
       ValueError: If `out` holds the stages of another recipe, seed or model, `pipe` could not
         be saved there, or a stage's settings do not suit it; before anything is computed.
+      BlockingIOError: If another process is at work in `out`; the message says which.
       Preempted: If the process is told to stop (SIGTERM); what is done is kept.
     """
-    with preemptible():
-        return _run(pipe, recipe, out, resume, seed, on_stage, on_event, pod)
+    for stage in recipe.stages:
+        check = getattr(stage, "check", None)
+        if check is not None:
+            check(pipe)
+    folder = None if out is None else Path(out)
+    settings = {
+        "resume": resume,
+        "seed": seed,
+        "on_stage": on_stage,
+        "on_event": on_event,
+        "pod": pod,
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preemptible())
+        if folder is not None:
+            claim = _claim_of(pipe, recipe, seed)  # fails before the folder is made
+            _check_claim(folder, claim)
+            if pod is None or pod.writes:
+                stack.enter_context(locked(folder))
+        return _run(pipe, recipe, folder, **settings)
 
 
 def _run(
     pipe: Pipeline,
     recipe: Recipe,
-    out: Path | str | None,
+    folder: Path | None,
+    *,
     resume: bool,
     seed: int,
     on_stage: Callable[[int, int, str], None] | None,
     on_event: OnEvent | None,
     pod: Pod | None,
 ) -> Pipeline:
+    """`run`, in a folder that is ours alone."""
     writes = pod is None or pod.writes
-    for stage in recipe.stages:
-        check = getattr(stage, "check", None)
-        if check is not None:
-            check(pipe)
-    folder = None if out is None else Path(out)
     total, done, student, floats = len(recipe.stages), 0, None, None
     if folder is not None:
         claim = _claim_of(pipe, recipe, seed)
@@ -288,7 +307,7 @@ def _wait(pod: Pod | None, name: str) -> None:
 def _remove_parts(folder: Path | None) -> None:
     """What a finished stage needs no more: its parts, but not its log."""
     if folder is not None:
-        for path in folder.glob("*.safetensors"):
+        for path in (*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.*.tmp")):
             path.unlink()
 
 
@@ -328,9 +347,9 @@ def _check_claim(out: Path, mine: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        theirs = dict(json.loads(path.read_text()))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is not what a run has written. Use another folder.") from None
+        theirs = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error} It is not what a run has written; use another folder.") from None
     if wrong := [key for key in mine if theirs.get(key) != mine[key]]:
         raise ValueError(
             f"{out} belongs to another run: "

@@ -28,6 +28,7 @@ import numpy as np
 from qjax.calibrate.fitted import KERNEL
 from qjax.calibrate.genome_space import entries_of, grouped_config
 from qjax.core.config import QuantConfig
+from qjax.core.plain_json import parse_json, read_limited
 from qjax.core.plain_yaml import read_yaml
 from qjax.core.plan import kernel_axes, name_some
 from qjax.core.safetensors_io import atomic_write
@@ -164,10 +165,7 @@ def load_search(path: Path | str) -> SearchRecipe:
         written, or holds what a recipe file cannot.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than a recipe file may be, {MAX_BYTES:,} bytes.")
+    raw = read_limited(path, MAX_BYTES)
     data = _parsed(path, raw)
     if data.get("format") != FORMAT:
         raise ValueError(
@@ -179,8 +177,8 @@ def load_search(path: Path | str) -> SearchRecipe:
             f"{VERSION}. Search anew, or install the version of qjax that wrote it."
         )
     stored = data.pop("sha256", None)
-    if sorted(data) != sorted(_FIELDS):
-        wrong = sorted(set(data) ^ set(_FIELDS))
+    if data.keys() != set(_FIELDS):
+        wrong = sorted(map(str, data.keys() ^ set(_FIELDS)))
         raise ValueError(f"{path} must have the fields {', '.join(_FIELDS)}; {wrong} differ.")
     if stored != _digest(data):
         raise ValueError(
@@ -216,14 +214,8 @@ def load_search(path: Path | str) -> SearchRecipe:
 
 
 def _parsed(path: Path, raw: bytes) -> dict[Any, Any]:
-    try:
-        text = raw.decode()
-        if path.suffix in (".yaml", ".yml"):
-            data = read_yaml(path, text)
-        else:
-            data = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a recipe file: {error}.") from None
+    parse = read_yaml if path.suffix in (".yaml", ".yml") else parse_json
+    data = parse(path, raw)
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping; got {type(data).__name__}.")
     return data
@@ -232,7 +224,7 @@ def _parsed(path: Path, raw: bytes) -> dict[Any, Any]:
 def _digest(data: Any) -> str:
     try:
         text = json.dumps(data, sort_keys=True)
-    except (TypeError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"a recipe file holds numbers, texts, lists and mappings alone: {error}."
         ) from None

@@ -16,7 +16,6 @@ References:
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from flax import traverse_util
 
 from qjax.core import metrics
 from qjax.core.layers import Conv
+from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import open_tensors
 from qjax.core.typing import Array, Float, Params
 from qjax.models.features import FeatureNet, FeatureNetConfig
@@ -98,9 +98,10 @@ def load_feature_net(folder: Path | str) -> tuple[Params, FeatureNetConfig]:
 
     Raises:
       FileNotFoundError: If it lacks one of them.
+      ValueError: If one is not what it should be.
     """
     folder = Path(folder)
-    config = FeatureNetConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    config = FeatureNetConfig.from_dict(read_json(folder / "config.json"))
     tensors = open_tensors(folder / "features.safetensors")
     flat = {key: jnp.asarray(tensor.read(), jnp.float32) for key, tensor in tensors.items()}
     return traverse_util.unflatten_dict(flat, sep="/"), config

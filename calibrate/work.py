@@ -12,6 +12,7 @@ The log is a JSON line for every event, with the seconds since the stage began.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,7 +98,11 @@ class Work:
             return
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                print(json.dumps(line), file=file, flush=True)
+            with open(self.folder / "log.jsonl", "ab+") as file:
+                # A full disk may have cut the last line off; it must not spoil this one.
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+                file.write(start + json.dumps(line).encode() + b"\n")
         if self._on_event is not None:
             self._on_event(line)

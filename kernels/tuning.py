@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import platform as platform_
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ def machine() -> str:
 def processor() -> str:
     """Name of this machine's processor, its architecture where the system tells no more."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform_.processor() or platform_.machine()
@@ -125,7 +126,7 @@ def choice(problem: Problem) -> Choice | None:
     if not isinstance(found, dict):
         return None
     blocks = found.get("blocks")
-    kept = Choice(found.get("implementation", ""), tuple(blocks) if blocks else None)
+    kept = Choice(found.get("implementation", ""), tuple(blocks) if type(blocks) is list else None)
     # Blocks that somebody wrote by hand could leave out a part of the result.
     return kept if kept in candidates(problem) else None
 
@@ -141,40 +142,43 @@ def _of_this_machine(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep(measured: Mapping[Problem, Choice]) -> Path:
-    """Write choices for this machine into the file, beside what it has.
-
-    Processes that write at once wait for each other, and nobody reads half a file.
-    """
+    """Write choices for this machine into the file, beside what it has."""
+    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
     check_writable()
     file = path()
-    mine = {problem.name(): one._asdict() for problem, one in measured.items()}
-    with _alone(file.with_suffix(".lock")), contextlib.ExitStack() as undo:
+    with _only_one(file):
+        known = dict(_file())
+        known[machine()] = choices() | mine
+        # Nobody else is at it: what is there of this name was left by a process that was killed.
+        for left in file.parent.glob(f".{file.stem}-*.tmp"):
+            left.unlink(missing_ok=True)
+        new = file.with_name(f".{file.stem}-{os.getpid()}.tmp")
         try:
-            known = _parsed(file)
-        except OSError:
-            known = {}
-        known[machine()] = _of_this_machine(known) | mine
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
-            undo.callback(os.unlink, new.name)
-            json.dump(known, new, indent=1, sort_keys=True)
-        os.chmod(new.name, 0o644)  # temporary files are their owner's alone
-        os.replace(new.name, file)
-        undo.pop_all()
+            with open(new, "w", encoding="utf-8") as text:
+                json.dump(known, text, indent=1, sort_keys=True)
+                text.flush()
+                os.fsync(text.fileno())
+            os.replace(new, file)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
     return file
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time, which a lock on a file sees to.
+def _only_one(file: Path) -> Iterator[None]:
+    """One process at a time, so that two that tune at once keep the choices of both.
 
-    On Windows and on file systems without locks, of two that write at once the last one wins.
+    The lock ends with the process; its file stays. Where there are no such locks, the last wins.
     """
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            file = held.enter_context(lock.open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(file.with_name(f".{file.stem}.lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a network disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -192,6 +196,8 @@ def _file() -> dict[str, Any]:
     try:
         status = file.stat()
         version = (str(file), status.st_mtime_ns, status.st_ino)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return {}
         known = _read
         if known[0] != version:
             known = _read = (version, _parsed(file))
@@ -208,7 +214,7 @@ def _parsed(file: Path) -> dict[str, Any]:
       ValueError: If it can, and is not what `keep` writes.
     """
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} must be the JSON that `qjax tune` writes: {error}. Delete it, and tune again."

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import jax.numpy as jnp
 
 from qjax.core.typing import Array, Float
+from qjax.models.config_values import value_problems, with_defaults
 from qjax.models.resnet import ACTIVATIONS
 
 # Block type -> whether self-attention follows each of its ResNet blocks.
@@ -96,10 +97,12 @@ class AutoencoderConfig:
         known = {key: value for key, value in given.items() if key in fields}
         values = fields | dict(cls.WHEN_MISSING) | known
         values |= {k: tuple(values[k]) for k in _TUPLES if isinstance(values.get(k), list)}
+        wrong = unknown + value_problems(cls, values)
+        values = with_defaults(cls, values)
         for key in ("down_block_types", "up_block_types"):
             values[key] = tuple(name.removeprefix("UNetRes") for name in values[key])
         values["act_fn"] = values["act_fn"].lower()
-        cls._raise(unknown + _problems(values))
+        cls._raise(wrong + _problems(values))
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ name files of its own folder only, pickles are refused, and every file is checke
 `qjax.core.safetensors_io` before a byte of data is read.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import LazyTensor, open_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -76,7 +76,7 @@ def load_checkpoint(
     """
     folder = Path(folder)
     if subfolder is not None:
-        if not _is_plain_name(subfolder):
+        if not is_plain_name(subfolder):
             raise ValueError(f"subfolder must be one plain name; got {subfolder!r}.")
         folder = folder / subfolder
     if not (folder / "config.json").is_file():
@@ -84,7 +84,7 @@ def load_checkpoint(
             f"{folder} must hold config.json beside its weights. Pass the component's own folder, "
             "or its name as subfolder."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     found = _weight_files(folder, stem)
     notes: tuple[str, ...] = ()
     if variant is None and found.keys() == {"fp16"}:
@@ -134,11 +134,11 @@ def _weight_files(folder: Path, stem: str) -> dict[str | None, Path]:
 
 def _open_shards(index: Path) -> tuple[Mapping[str, LazyTensor], tuple[Path, ...]]:
     """The tensors of the shards that an index names, once both agree, and the shards."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index} must have a weight_map from keys to file names.")
     names = sorted(set(weight_map.values()))
-    outside = [repr(n) for n in names if not _is_plain_name(n) or not n.endswith(".safetensors")]
+    outside = [repr(n) for n in names if not is_plain_name(n) or not n.endswith(".safetensors")]
     if outside:
         raise ValueError(
             f"{index} must name safetensors files in its own folder, without any path; got "
@@ -165,20 +165,14 @@ def _open_shards(index: Path) -> tuple[Mapping[str, LazyTensor], tuple[Path, ...
     return tensors, files
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     """Whether `name` stays in its folder on every system."""
     return bool(name) and not name.startswith(".") and not set(name) & set("/\\:\0")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} must be JSON; got {error}.") from None
-    if not isinstance(value, dict):
-        # What is wrong is the file, not the caller's type.
-        raise ValueError(f"{path} must be a JSON object; got {value!r:.80}.")
-    return value
+def is_plain_path(name: str) -> bool:
+    """Whether `name`, of parts with `/` between them, stays below its folder on every system."""
+    return all(is_plain_name(part) for part in name.split("/"))
 
 
 def raise_if_any(problems: Mapping[str, Sequence[str]], claim: str, way_out: str) -> None:

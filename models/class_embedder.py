@@ -17,6 +17,7 @@ from typing import Any
 from flax import linen as nn
 
 from qjax.core.typing import Array, Float, Int
+from qjax.models.config_values import value_problems
 from qjax.models.convert import Target
 
 CLASS_NAME = "ClassEmbedder"
@@ -46,7 +47,7 @@ class ClassEmbedderConfig:
         wrong = sorted(names ^ given.keys()) + [
             f"{key}={value!r}"
             for key, value in given.items()
-            if key in names and not (isinstance(value, int) and value > 0)
+            if key in names and value_problems(cls, {key: value})
         ]
         if wrong:
             raise ValueError(

@@ -30,6 +30,7 @@ from flax import linen as nn
 from qjax.core.layers import Conv, Dense
 from qjax.core.typing import Array, Float, Int, Params
 from qjax.models.attention import dot_product_attention
+from qjax.models.config_values import value_problems
 from qjax.models.embeddings import timestep_embedding
 from qjax.models.time_rows import at_paths, time_row
 
@@ -112,12 +113,13 @@ class DiTConfig:
             for key, value in config.items()
             if key not in known and not key.startswith("_") and value is not None
         ]
+        fields = {new: config[old] for old, new in renamed.items() if old in config}
+        fields |= {key: config[key] for key in direct if config.get(key) is not None}
+        wrong += value_problems(cls, defaults | fields)
         if wrong:
             raise ValueError(
                 "The DiT port cannot reproduce these config values: " + ", ".join(wrong) + "."
             )
-        fields = {new: config[old] for old, new in renamed.items() if old in config}
-        fields |= {key: config[key] for key in direct if config.get(key) is not None}
         return cls(**(defaults | fields))
 
     def to_diffusers(self) -> dict[str, Any]:

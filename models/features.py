@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from qjax.core.layers import Conv, Dense
 from qjax.core.typing import Array, Float
+from qjax.models.config_values import value_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,17 @@ class FeatureNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "FeatureNetConfig":
-        """The config that `dataclasses.asdict` made, read back from JSON."""
-        return cls(
-            channels=tuple(config["channels"]),
-            num_features=config["num_features"],
-            num_classes=config["num_classes"],
-        )
+        """The config that `dataclasses.asdict` made, read back from JSON.
+
+        Raises:
+          ValueError: Naming keys that are missing, and values that it cannot have.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        wrong = [f"{name} is missing" for name in names if name not in config]
+        if wrong := wrong + value_problems(cls, config):
+            raise ValueError(f"The config of a feature net needs other values: {'; '.join(wrong)}.")
+        values = {name: config[name] for name in names}
+        return cls(**(values | {"channels": tuple(values["channels"])}))
 
 
 class FeatureNet(nn.Module):

@@ -5,7 +5,6 @@ files in one). The index tells the class of the denoiser and of the networks bes
 `denoisers.py` and `components.py` know their ports.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import linen as nn
 from qjax.core import serialize
 from qjax.core.config import QuantConfig
 from qjax.core.manifest import MANIFEST
+from qjax.core.plain_json import read_json
 from qjax.core.quantize import plan, quantize_leaf
 from qjax.models.checkpoints import Checkpoint, load_checkpoint
 from qjax.models.conditioners import TextConditioner
@@ -182,10 +182,10 @@ def _zoo_fields(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     record = _read_json(path)
-    try:
-        return {"null_label": record["null_label"], "num_labels": len(record["labels"])}
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} must have a null_label and labels.") from None
+    null, labels = record.get("null_label"), record.get("labels")
+    if type(null) not in (int, type(None)) or not isinstance(labels, list):
+        raise ValueError(f"{path} must have a null_label and labels.")
+    return {"null_label": null, "num_labels": len(labels)}
 
 
 def _denoiser_of(folder: Path, components: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
@@ -208,10 +208,4 @@ def _component(folder: Path, name: str, file: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; is {path.parent} a diffusers folder?")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return data
+    return read_json(path)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.typing import Array
-from qjax.models.checkpoints import load_checkpoint
+from qjax.models.checkpoints import is_plain_name, load_checkpoint
 from qjax.models.class_embedder import CLASS_NAME as CLASS_EMBEDDER
 from qjax.models.components import (
     AUTOENCODERS,
@@ -41,12 +41,23 @@ class Sides(NamedTuple):
 
 
 def named_components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Library and class of every component that a `model_index.json` names."""
-    return {
-        name: (value[0], value[1])
+    """Library and class of every component that a `model_index.json` names.
+
+    Raises:
+      ValueError: If a name is not that of a folder beside the index, or a class is no text.
+    """
+    pairs = {
+        name: value
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
+    for name, value in pairs.items():
+        if not is_plain_name(name) or not isinstance(value[1], str):
+            raise ValueError(
+                "model_index.json must name components by plain names, and their classes; got "
+                f"{name!r:.80}: {value!r:.80}. Do not use this checkpoint."
+            )
+    return {name: (value[0], value[1]) for name, value in pairs.items()}
 
 
 def load_sides(

@@ -30,7 +30,7 @@ from flax import traverse_util
 
 from qjax.core.layers import LOW_RANK
 from qjax.core.qtensor import is_qtensor
-from qjax.core.safetensors_io import open_tensors
+from qjax.core.safetensors_io import ArrayLike, open_tensors
 from qjax.core.typing import Array
 from qjax.models.checkpoints import listed, raise_if_any
 from qjax.models.convert import Target
@@ -101,7 +101,7 @@ def load_lora(path: str | os.PathLike[str], tables: Tables, **names: Any) -> dic
     Raises:
       FileNotFoundError: If there is no such file.
       ValueError: If the file is a pickle or empty, or if any of its keys belongs to no layer,
-        lacks its other half, has another shape, or says what another says otherwise: one error
+        lacks its other half, has another shape, is not finite, or says what another says otherwise: one error
         names all of them.
     """
     path = _file(Path(path))
@@ -123,11 +123,17 @@ def load_lora(path: str | os.PathLike[str], tables: Tables, **names: Any) -> dic
     for (component, layer), roles in whole.items():
         target = tables[component][f"{layer}.weight"]
         down, up = (np.asarray(tensors[roles[role]], np.float32) for role in ("down", "up"))
+        if not (np.isfinite(down).all() and np.isfinite(up).all()):
+            wrong.append(f"{roles['down']}, of which not all values are finite")
+            continue
         if not _fits(down, up, target.shape):
             shapes = f"{list(down.shape)} and {list(up.shape)} for {list(target.shape)}"
             wrong.append(f"{roles['down']} {shapes}")
             continue
-        alpha = np.asarray(tensors[roles["alpha"]]).item() if "alpha" in roles else None
+        alpha = _number(tensors[roles["alpha"]]) if "alpha" in roles else None
+        if alpha is not None and not math.isfinite(alpha):
+            wrong.append(f"{roles['alpha']}, which is no finite number")
+            continue
         gain = settings.gain(component, layer, len(down), alpha)
         factors, there = _factors(down, up, gain, target), layers.setdefault(component, {})
         other = there.get(target.path[:-1])
@@ -138,7 +144,7 @@ def load_lora(path: str | os.PathLike[str], tables: Tables, **names: Any) -> dic
         {
             "of no layer of this model, or of no kind that is supported": unmatched,
             "without the other half": sorted(single),
-            "of another shape": wrong,
+            "of another shape or not finite": wrong,
             "of one layer, saying different things": twice,
         },
         f"{path.name} does not fit this model",
@@ -309,6 +315,11 @@ def _file(path: Path) -> Path:
             "Save it again with safetensors."
         )
     return path
+
+
+def _number(tensor: ArrayLike) -> float:
+    """The one value of a tensor; NaN if it has more or none."""
+    return float(np.asarray(tensor).reshape(-1)[0]) if math.prod(tensor.shape) == 1 else math.nan
 
 
 def _fits(down: np.ndarray, up: np.ndarray, kernel: tuple[int, ...]) -> bool:

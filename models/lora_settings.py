@@ -9,13 +9,13 @@ References:
   https://arxiv.org/abs/2312.03732, for `alpha / sqrt(r)`.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qjax.core.plain_json import parse_json, read_json
 from qjax.core.safetensors_io import metadata
 
 METADATA = "lora_adapter_metadata"
@@ -44,6 +44,19 @@ class Settings:
         return float(alpha) / (math.sqrt(rank) if part.get("use_rslora") else rank)
 
 
+def _check(part: Mapping[str, Any]) -> None:
+    """That the settings that are read hold numbers."""
+    patterns = part.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern={patterns!r:.80}, which is no mapping")
+    alphas = {"lora_alpha": part.get("lora_alpha")} | patterns
+    for name, value in alphas.items():
+        if value is not None and not (type(value) in (int, float) and abs(value) <= 1e30):
+            raise ValueError(f"{name}={value!r:.80}, which is no finite number")
+    if type(part.get("use_rslora")) not in (bool, type(None)):
+        raise ValueError(f"use_rslora={part['use_rslora']!r:.80}, which is neither true nor false")
+
+
 def _ends(layer: str, name: str) -> bool:
     return layer == name or layer.endswith("." + name)
 
@@ -52,18 +65,20 @@ def settings_of(path: Path) -> Settings:
     """The settings in a safetensors file's metadata, and in `adapter_config.json` beside it.
 
     Raises:
-      ValueError: If they are not JSON.
+      ValueError: If they are not JSON, or alphas are no numbers.
     """
     beside = path.parent / "adapter_config.json"
     parts: dict[str, dict[str, Any]] = {}
     try:
         if beside.is_file():
-            parts[""] = json.loads(beside.read_text(encoding="utf-8"))
-        for name, value in json.loads(metadata(path).get(METADATA, "{}")).items():
+            parts[""] = read_json(beside)
+        for name, value in parse_json(path, metadata(path).get(METADATA, "{}")).items():
             component, _, setting = name.partition(".")
             parts.setdefault(component, {})[setting] = value
+        for part in parts.values():
+            _check(part)
     except (AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path.name}: the settings of the adapter must be JSON; got {error}."
+            f"{path.name}: the settings of the adapter must be JSON, and its alphas numbers; got {error}."
         ) from None
     return Settings(parts=parts)

@@ -19,6 +19,7 @@ import numpy as np
 
 from qjax.core.steps import TableKey
 from qjax.core.typing import Array, Float
+from qjax.models.config_values import value_problems
 from qjax.models.schedules import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
@@ -145,6 +146,7 @@ class SamplerSettings(abc.ABC):
             # None and False switch off a setting that we do not have: nothing is lost.
             if key not in known and value not in (None, False):
                 bad.append(f"{key}={value!r} (unknown)")
+        bad = bad or value_problems(cls, said) + value_problems(Schedule, said)
         cls._raise_for(bad)
         schedule = Schedule.from_diffusers(cls().schedule.to_diffusers() | said)
         return cls(schedule=schedule, **{key: value for key, value in said.items() if key in own})

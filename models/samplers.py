@@ -289,7 +289,7 @@ def sampler_from_diffusers(config: Mapping[str, Any]) -> SamplerSettings:
         it names all of them.
     """
     name = config.get("_class_name")
-    if name not in _SAMPLERS:
+    if not isinstance(name, str) or name not in _SAMPLERS:
         raise ValueError(
             f"_class_name must be one of {', '.join(_SAMPLERS)}; got {name!r}. To sample with "
             f"DDIM all the same, read the config with DDIM.from_diffusers."

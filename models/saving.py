@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from qjax.core import serialize
 from qjax.core.config import QuantConfig
@@ -163,6 +164,13 @@ def _step_table(keys: Mapping[str, Any], entries: Mapping[str, Any]) -> StepTabl
             f"The step table needs a key for every entry; got keys {sorted(keys)} and entries "
             f"{sorted(entries)}."
         )
+    for path, leaf in serialize.flatten(entries) if entries else ():
+        values = np.asarray(leaf, np.float32)
+        is_scale = path.rsplit("/", 1)[-1] == "act_scale"
+        if not np.isfinite(values).all() or (is_scale and not (values > 0).all()):
+            raise ValueError(
+                f"The step table must hold finite numbers, and scales above 0; {path} does not."
+            )
     table = StepTable()
     for name, key in keys.items():
         table = table.with_entry(name, entries[name], key=TableKey(**key))

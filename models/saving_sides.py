@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.models.checkpoints import is_plain_path, listed
 from qjax.models.components import Component, build_component
 from qjax.models.conditioners import (
     ClassConditioner,
@@ -26,7 +27,7 @@ from qjax.models.conditioners import (
 from qjax.models.decoders import LatentDecoder
 from qjax.models.lora import AttachedLoRA
 from qjax.models.pipeline import Pipeline
-from qjax.models.text_encoders.tokenizers import load_tokenizer
+from qjax.models.text_encoders.tokenizers import FILES, load_tokenizer
 
 DECODER, CLASSES = "vae", "class_embedder"
 
@@ -68,7 +69,7 @@ def sides_of(pipe: Pipeline) -> SavedSides:
         record["zero_without_negative"] = conditioner.zero_without_negative
         for i, tower in enumerate(conditioner.towers):
             components[tower_name(i)] = tower.component
-            paths = sorted(path for path in tower.files.iterdir() if path.is_file())
+            paths = [tower.files / name for name in FILES if (tower.files / name).is_file()]
             files |= {f"{_words(i)}/{path.name}": path for path in paths}
     elif conditioner is not None:
         raise ValueError(
@@ -93,6 +94,21 @@ def read_sides(
     Raises:
       ValueError: If files or params are missing, or were changed.
     """
+    for one in record.get("loras", []):
+        if not (
+            type(one["name"]) is str
+            and type(one["scale"]) in (int, float)
+            and all(
+                type(rank) is int and rank > 0
+                for ranks in one["ranks"].values()
+                for rank in ranks.values()
+            )
+        ):
+            raise ValueError(f"{folder} describes a LoRA with impossible values: {one!r:.200}.")
+    if outside := [name for name in record["files"] if not is_plain_path(name)]:
+        raise ValueError(
+            f"{folder} names files outside of it: {listed(outside)}. Do not use this save."
+        )
     changed = [
         name
         for name, digest in record["files"].items()

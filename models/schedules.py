@@ -69,6 +69,11 @@ class Schedule:
                 f"beta_schedule must be one of {BETA_SCHEDULES}; got {self.beta_schedule!r}. "
                 f"Pass any other as trained_betas."
             )
+        if not (0 <= self.beta_start <= 1 and 0 <= self.beta_end <= 1):
+            raise ValueError(
+                f"beta_start and beta_end must lie in [0, 1]; got {self.beta_start} and "
+                f"{self.beta_end}."
+            )
         betas = self._betas()
         if not (betas.size and np.all((betas > 0) & (betas <= 1))):
             raise ValueError(

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from qjax.models.config_values import depth_problems, value_problems, with_defaults
 from qjax.models.resnet import ACTIVATIONS
 
 # Block type -> its attention, and how it halves or doubles.
@@ -186,12 +187,14 @@ class UNet2DConditionConfig:
         values = fields | {key: value for key, value in given.items() if key in fields}
         values |= {key: bool(values[key]) for key in _FLAGS}  # published files have null for no
         width = values["cross_attention_dim"]
-        if isinstance(width, tuple) and len(set(width)) == 1:
+        if isinstance(width, tuple) and width and all(one == width[0] for one in width):
             values["cross_attention_dim"] = width[0]
+        wrong = refused + value_problems(cls, values)
+        values = with_defaults(cls, values)
         for key in ("down_block_types", "up_block_types"):
             values[key] = tuple(name.removeprefix("UNetRes") for name in values[key])
         values["act_fn"] = values["act_fn"].lower()
-        _raise(refused + _problems(values))
+        _raise(wrong + _problems(values))
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -332,6 +335,7 @@ def _length_problems(values: Mapping[str, Any]) -> list[str]:
             f"attention_head_dim={values['attention_head_dim']!r} (numbers of heads, at least 1)"
         )
     layers = per_level(values["layers_per_block"], n)
+    found += depth_problems(2 * sum(layers) + n)
     down = per_level(values["transformer_layers_per_block"], n)
     up = values["reverse_transformer_layers_per_block"]
     if up is None and any(isinstance(depth, tuple) for depth in down):
@@ -348,7 +352,12 @@ def _length_problems(values: Mapping[str, Any]) -> list[str]:
             for depth, count in zip(depths, counts, strict=bool(depths))
             if isinstance(depth, tuple) and len(depth) != count
         ]
-    return found
+    counts = [
+        sum(depth) if isinstance(depth, tuple) else depth * (count + 1)
+        for depths in (down, up or down)
+        for depth, count in zip(depths, layers, strict=True)
+    ]
+    return found + depth_problems(0, sum(counts))
 
 
 def _vector_problems(values: Mapping[str, Any]) -> list[str]:

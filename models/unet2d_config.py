@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from qjax.models.config_values import depth_problems, value_problems, with_defaults
 from qjax.models.resnet import ACTIVATIONS
 
 # Block type -> whether it has attention, and how it resamples: `conv`, `resnet`, or None
@@ -119,10 +120,12 @@ class UNet2DConfig:
         ]
         values = fields | {key: value for key, value in given.items() if key in fields}
         values |= {k: tuple(values[k]) for k in _TUPLES if isinstance(values[k], list)}
+        wrong = unknown + value_problems(cls, values)
+        values = with_defaults(cls, values)
         for key in ("down_block_types", "up_block_types"):
             values[key] = tuple(name.removeprefix("UNetRes") for name in values[key])
         values["act_fn"] = values["act_fn"].lower()
-        _raise(unknown + _problems(values))
+        _raise(wrong + _problems(values))
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -221,6 +224,9 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             "block_out_channels, down_block_types and up_block_types of "
             f"{lengths[0]}, {lengths[1]} and {lengths[2]} entries (must be equally many)"
         )
+    found += depth_problems(
+        (2 * values["layers_per_block"] + 1) * len(values["block_out_channels"])
+    )
     groups, channels = values["norm_num_groups"], values["block_out_channels"]
     if groups is None or any(c % groups for c in channels):
         found.append(

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
 from qjax.core.plain_yaml import read_yaml
 
 QUANT = "quant"
@@ -274,8 +272,8 @@ def _read_file(
 
 def _parse(key: str, raw: str) -> Any:
     try:
-        return yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        return read_yaml(key, raw)
+    except ValueError as error:
         raise ValueError(f"{key}={raw} is not understood: {_one_line(error)}.") from None
 
 

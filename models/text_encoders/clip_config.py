@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from qjax.core.typing import Array
+from qjax.models.config_values import value_problems
 
 
 def quick_gelu(x: Array) -> Array:
@@ -125,7 +126,10 @@ class CLIPTextConfig:
             problems.append(f"architectures={names!r} (only [{_WITHOUT!r}] or [{_WITH!r}])")
         values = {key: config.get(key, default) for key, default in fields.items()}
         values["with_projection"] = names == [_WITH]
-        _raise(problems + _problems(values))
+        problems += _problems(values)
+        said = {problem.partition("=")[0] for problem in problems}
+        more = value_problems(cls, values)
+        _raise(problems + [one for one in more if one.partition("=")[0] not in said])
         return cls(**values)
 
     def to_transformers(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         found.append(f"eos_token_id={values['eos_token_id']!r} (one token's id)")
     if not isinstance(values["layer_norm_eps"], int | float):
         found.append(f"layer_norm_eps={values['layer_norm_eps']!r} (a number)")
-    if values["hidden_act"] not in ACTIVATIONS:
+    if values["hidden_act"] not in tuple(ACTIVATIONS):
         names = ", ".join(map(repr, ACTIVATIONS))
         found.append(f"hidden_act={values['hidden_act']!r} (one of {names})")
     width, heads = values["hidden_size"], values["num_attention_heads"]

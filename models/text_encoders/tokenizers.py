@@ -11,7 +11,6 @@ XL, "!" (id 0) in Stable Diffusion 2 and in the second tokenizer of XL. There "!
 token, and one in a prompt becomes id 0 too.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,10 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from qjax.core.plain_json import read_json
 from qjax.core.typing import Int
 from qjax.models.checkpoints import listed
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""What a tokenizer is read from, and what is copied of its folder with a pipeline."""
+
 # A tokenizer whose folder names no length claims one of 1e30.
 _LONGEST = 100_000
 
@@ -49,7 +59,12 @@ def load_tokenizer(folder: str | os.PathLike[str], subfolder: str | None = None)
 
     # transformers 4 has two classes; this is the one that transformers 5 has kept.
     kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
-    tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+    # What it raises of a broken file depends on the file and its version: KeyError, Exception.
+    except Exception as error:  # noqa: BLE001
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder} does not hold a tokenizer of CLIP: {said:.300}.") from None
     _check_tokenizer(tokenizer, str(folder))
     return tokenizer
 
@@ -104,11 +119,7 @@ def _check_files(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it tells the length of prompts.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; got {error}.") from None
-    name = (config.get("tokenizer_class") or CLASSES[0]) if isinstance(config, dict) else config
+    name = read_json(path).get("tokenizer_class") or CLASSES[0]
     if name not in CLASSES:
         raise ValueError(f"{path} must be that of a {' or '.join(CLASSES)}; got {name!r}.")
 

@@ -255,6 +255,9 @@ def _from_dict(cls: type, data: Mapping[str, Any]) -> Any:
         )
     if missing := sorted(required - data.keys()):
         raise ValueError(f"{cls.__name__} needs the field {', '.join(missing)}.")
+    for name in ("pattern", "reason"):
+        if name in data and not isinstance(data[name], str):
+            raise ValueError(f"{name} must be text; got {data[name]!r:.80}.")
 
     def build(name, value):
         nested = _NESTED.get(name)

@@ -20,6 +20,7 @@ import numpy as np
 from qjax._version import __version__
 from qjax.core.config import ActSpec
 from qjax.core.linen import BoxedQTensor
+from qjax.core.plain_json import read_json
 from qjax.core.plan import name_some
 from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.kernels import packing
@@ -76,11 +77,11 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}; it is no folder saved by qjax.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        digest = _manifest_digest(manifest) if isinstance(manifest, dict) else None
+        manifest = read_json(path)
+        digest = _manifest_digest(manifest)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Copy the folder again.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != "qjax":
+        raise ValueError(f"{error} Copy the folder again.") from None
+    if manifest.get("format") != "qjax":
         raise ValueError(f"{path} is not a qjax manifest: its format is not 'qjax'.")
     version = manifest.get("schema_version")
     if type(version) is not int or version < 1:
@@ -183,7 +184,7 @@ def rebuild(path: str, kind: Any, arrays: dict[str, np.ndarray]) -> Any:
         )
     shape = list(qvalue.shape)
     shape[axis] = kind["size"]
-    _check_scales(path, shape, scale, zero_point)
+    _check_scales(path, shape, scale, zero_point, kind["bits"])
     q = (BoxedQTensor if kind["boxed"] else QTensor)(
         qvalue=jnp.asarray(qvalue),
         scale=jnp.asarray(scale),
@@ -222,7 +223,7 @@ def _check_fields(path: str, kind: Mapping[str, Any]) -> None:
 
 
 def _check_scales(
-    path: str, shape: list[int], scale: np.ndarray, zero_point: np.ndarray | None
+    path: str, shape: list[int], scale: np.ndarray, zero_point: np.ndarray | None, bits: int
 ) -> None:
     for part in (scale,) if zero_point is None else (scale, zero_point):
         if part.ndim != len(shape) or any(
@@ -231,6 +232,13 @@ def _check_scales(
             raise ValueError(f"The scales of {path} {list(part.shape)} do not fit {shape}.")
     if zero_point is not None and (zero_point.dtype != np.int8 or zero_point.shape != scale.shape):
         raise ValueError(f"The zero points of {path} must be int8 and as many as its scales.")
+    if zero_point is not None and zero_point.size:
+        least, most = int(zero_point.min()), int(zero_point.max())
+        if least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
+            raise ValueError(
+                f"The zero points of {path} must be codes of {bits} bits; they reach from {least} "
+                f"to {most}."
+            )
     if scale.dtype.name not in _FLOATS:
         raise ValueError(f"The scales of {path} must be floats; they are {scale.dtype}.")
     values = np.asarray(scale, np.float32)

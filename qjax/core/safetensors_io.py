@@ -16,14 +16,17 @@ References:
   Format, https://github.com/huggingface/safetensors#format
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import secrets
+import shutil
+import stat
 import struct
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,8 +39,14 @@ from typing import Any, BinaryIO, Protocol
 import ml_dtypes
 import numpy as np
 
+from qjax.core.locks import clear_left_behind, try_lock
+from qjax.core.plain_json import unique
+
 # The official implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What systems say of a full disk, a full quota, and a file that may not be larger."""
 
 _LENGTH = struct.Struct("<Q")
 _DIGEST = "qjax.header_sha256"
@@ -79,11 +88,16 @@ class _Source:
     """
 
     def __init__(self, path: Path):
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        # Not blocking: opening a pipe would wait for its other end.
+        flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, os.O_RDONLY | flags)
         weakref.finalize(self, os.close, descriptor)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _error(path, "it must be a plain file, and no folder, pipe or device.")
         self.path = path
         self.file = io.FileIO(descriptor, closefd=False)
-        self.size = os.fstat(descriptor).st_size
+        self.size = status.st_size
         self.lock = Lock()
 
     def read_into(self, out: memoryview, offset: int) -> bool:
@@ -195,14 +209,22 @@ def write_tensors(
       ValueError: If a name or a dtype is not one the format has (int4 is not: pack it into
         uint8), or a value does not match the shape and dtype it announced.
       TypeError: If a name, or a key or value of `metadata`, is not text.
+      OSError: If it cannot be written; on a full disk it says how many bytes it needs.
     """
     path = Path(path)
     header = _header(path, tensors, metadata)
-    with atomic_write(path) as file:
-        file.write(_LENGTH.pack(len(header)))
-        file.write(header)
-        for name in _file_order(tensors):
-            file.write(_little_endian_bytes(path, name, tensors[name]))
+    data = sum(prod(t.shape) * _dtype(t).itemsize for t in tensors.values())
+    needed = _LENGTH.size + len(header) + data
+    try:
+        with atomic_write(path) as file:
+            file.write(_LENGTH.pack(len(header)))
+            file.write(header)
+            for name in _file_order(tensors):
+                file.write(_little_endian_bytes(path, name, tensors[name]))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(error.errno, f"{path} needs {needed:,} bytes: {error.strerror}") from None
 
 
 @contextmanager
@@ -210,16 +232,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends well, and vanishes if not.
 
     The temporary file lies in the same folder; it is flushed to the disk before it is moved,
-    and the folder after, so that a crash leaves the old file or the new one.
+    and the folder after, so that a crash leaves the old file or the new one. What a process
+    that was killed has left of its temporary file goes with the next writing of `path`.
+
+    Raises:
+      OSError: If it cannot be written; on a full disk it says how much was written and is free.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # Names have 255 bytes at most; of long ones a hash stands for the rest.
+    stem = path.name
+    if len(os.fsencode(stem)) > 200:
+        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()
+    clear_left_behind(path.parent, re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{16}}\.tmp"))
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            try_lock(file.fileno())
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise _with_room(error, path, file.fileno()) from None
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -229,6 +264,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _with_room(error: OSError, path: Path, descriptor: int) -> OSError:
+    """An error of a full disk with the file's name, what was written and what is free."""
+    if error.errno not in FULL:
+        return error
+    if error.filename is not None:
+        return error
+    written, free = os.fstat(descriptor).st_size, shutil.disk_usage(path.parent).free
+    return OSError(
+        error.errno,
+        f"{os.strerror(error.errno)} after {written:,} bytes of {path}, with {free:,} bytes free "
+        "on that disk; what was there before is as it was. Make room, and do it again",
+    )
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -290,22 +339,11 @@ def _read_header(source: _Source) -> tuple[dict[str, Any], int]:
         raise _error(source.path, f"the header must begin with '{{'; got {_show(bytes(raw[:16]))}.")
     try:
         header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
         raise _error(source.path, f"the header must be one JSON object; got {error}.") from None
     return header, start
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different, and text."""
-    result = dict(pairs)
-    for key in result:
-        key.encode("utf-8")  # raises for half of a surrogate pair
-    if len(result) != len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_show(twice)} twice")
-    return result
 
 
 def _refuse_constant(text: str) -> Any:

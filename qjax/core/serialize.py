@@ -10,13 +10,15 @@ A folder appears complete or not at all: it is written beside its place and move
 
 import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qjax.core.locks import clear_left_behind, exchange, hold
 from qjax.core.manifest import (
     MANIFEST,
     array_digest,
@@ -47,13 +49,20 @@ def save(
       record: What else to keep, for JSON: model, config, sampler.
       files: Files to copy, by their names below `folder`: those of a tokenizer.
 
+    A save that was broken off by a kill leaves a folder `.NAME-...` beside `folder`, which the
+    next save there removes.
+
     Raises:
+      OSError: If it cannot be written: the message says which file and, on a full disk, how many
+        bytes it needs. An older save stays as it was.
       ValueError: If `folder` holds something that is not a save of this library or is the
         working folder, a key is no text, holds a `/` or a `#`, or names an empty branch, or
         `record` is not JSON.
       TypeError: If a leaf is neither an array nor a QTensor.
     """
     folder = Path(folder)
+    if folder.is_symlink():  # a link to a folder stays one
+        folder = folder.resolve()
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ValueError(
             f"A save takes the place of its folder, and {folder} is the working folder or holds "
@@ -71,18 +80,21 @@ def save(
     text = write_manifest(record, leaves, digests)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    clear_left_behind(folder.parent, _beside(folder))
+    beside, held = _new_folder_beside(folder)
     try:
         write_tensors(beside / WEIGHTS, arrays, {"format": "qjax"})
         with atomic_write(beside / MANIFEST) as file:
             file.write(text.encode())
         for name, source in files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, beside / name)
-        os.chmod(beside, 0o755)
+            with atomic_write(beside / name) as copy, open(source, "rb") as original:
+                shutil.copyfileobj(original, copy)
+        os.chmod(beside, 0o777 & ~_umask())
         _put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        os.close(held)
 
 
 def load(folder: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,11 +192,45 @@ def _add(branch: dict[str, Any], name: str, node: Any, path: str) -> None:
     branch[name] = node
 
 
+def _beside(folder: Path) -> re.Pattern[str]:
+    """Names of the folders in which saves of `folder` are written, and old ones end."""
+    return re.compile(rf"\.{re.escape(_short(folder.name))}-[0-9a-f]{{16}}(-old)?")
+
+
+def _short(name: str) -> str:
+    """Names have 255 bytes at most; of long ones a hash stands for the rest."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= 200 else hashlib.sha256(raw).hexdigest()
+
+
+def _new_folder_beside(folder: Path) -> tuple[Path, int]:
+    """A new folder and a descriptor that says, as long as it is open, that we are at work there."""
+    while True:
+        beside = folder.with_name(f".{_short(folder.name)}-{secrets.token_hex(8)}")
+        beside.mkdir(mode=0o700)
+        held = hold(beside)
+        if held is not None:
+            return beside, held
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _put_in_place(beside: Path, folder: Path) -> None:
-    """Move `beside` to `folder`; an older save there is kept until the new one stands."""
+    """Move `beside` to `folder`; an older save there is kept until the new one stands.
+
+    Where the system can exchange two folders in one step (Linux, macOS), there is a save at
+    `folder` at all times. Elsewhere there is none for a moment, and a process that is killed
+    just then leaves the old one beside it, under a name that ends in `-old`.
+    """
     if not folder.exists():
         os.replace(beside, folder)
         return
+    if exchange(beside, folder):
+        return  # what was old is removed as `beside`
     old = beside.with_name(beside.name + "-old")
     os.replace(folder, old)
     try:

@@ -143,13 +143,13 @@ def test_groups_of_a_layer_left_in_float_are_refused(dit, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.json", "{", "not a recipe file"),
-        ("a.json", "[" * 100_000, "not a recipe file"),
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
         ("a.json", "[]", "must hold a mapping"),
         ("a.yaml", "a: [1", "not YAML"),
         ("a.yaml", "a: &x [1]\nb: [*x, *x]", "references"),
         ("a.yaml", "!!python/object/apply:os.system [ls]", "not YAML"),
-        ("a.json", " " * (MAX_BYTES + 1), "larger than a recipe file may be"),
+        ("a.json", " " * (MAX_BYTES + 1), "larger than such a file may be"),
     ],
 )
 def test_files_that_are_something_else_are_refused(tmp_path, name, text, said):

@@ -189,7 +189,7 @@ def test_folders_of_other_tokenizers_raise(tmp_path):
     with pytest.raises(ValueError, match="CLIPTokenizer or CLIPTokenizerFast; got 'T5Tokenizer'"):
         load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="must be JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         load_tokenizer(folder)
 
 
