@@ -228,7 +228,7 @@ def run(
         if check is not None:
             check(pipe)
     folder = None if out is None else Path(out)
-    settings = {
+    settings: dict[str, Any] = {
         "resume": resume,
         "seed": seed,
         "on_stage": on_stage,

@@ -104,7 +104,7 @@ def _fits(value: Any, hint: Any, least: int, most: int) -> bool:
         return (
             isinstance(value, numbers.Real)
             and type(value) is not bool
-            and (abs(value) < 2**31 and math.isfinite(value))
+            and (abs(value) < 2**31 and math.isfinite(value))  # type: ignore[operator]
         )
     return isinstance(value, hint)
 

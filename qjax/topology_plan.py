@@ -39,7 +39,7 @@ def network_of(model: str) -> Network:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), published_shapes(model)
         )
         if isinstance(config, UNet2DConditionConfig):
-            size = config.sample_size
+            size = config.sample_size or config.size_multiple
             side = size if isinstance(size, tuple) else (size, size)
             x_t, _, told = abstract_inputs(config, size=side)
             return Network(module.apply, params, x_t, told, 2)
