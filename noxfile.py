@@ -26,6 +26,8 @@ FLOOR = ("jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2")
 NEWEST = ("jax", "jaxlib", "flax")
 TPU = ("jax[tpu]>=0.10", "flax")
 
+TPU_TESTS = ("tests/kernels/test_tpu_compile.py", "tests/calibrate/test_compile_ahead.py")
+
 # Chosen per session, and what only the oracles of the full suite need.
 LEFT_OUT = {"jax", "flax", "torch", "diffusers", "transformers", "selenium"}
 # What a release of JAX or Flax can break: numbers, kernels, layers, the scan, the house; and what
@@ -105,7 +107,7 @@ def tpu(session: nox.Session) -> None:
     session.install(*TPU, *requirements())
     session.install("--no-deps", "-e", ".")
     session.env["JAX_PLATFORMS"] = "cpu"
-    session.run("pytest", *(session.posargs or ("tests/kernels/test_tpu_compile.py",)))
+    session.run("pytest", *(session.posargs or TPU_TESTS))
 
 
 @nox.session

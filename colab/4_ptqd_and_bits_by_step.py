@@ -194,8 +194,8 @@ show({"float": pictures, "quantized": uncorrected(**draw), "corrected": correcte
 # %% [markdown]
 # In this short run the correction changes next to nothing: `k` is a hundredth or two, and what 3-bit weights
 # do is mostly the rest, which a sampler can make room for but not take back. It is no substitute for
-# fitting the weights, which `ptqd_w4a8` does before it. `"corrected"` in the plot above is the best that `k`
-# and `mu` can do at each step, and it is worth a look before a correction is used.
+# fitting the weights, which `ptqd_w4a8` does before it. `"corrected"` in the plot above is what `k`
+# and `mu` do at each step, and it is worth a look before a correction is used.
 #
 # ## Bits by step
 #

@@ -205,21 +205,25 @@ for folder in ("whole", "interrupted"):
 #
 # *Nothing in this section is run here: it needs a pod, or at least several hosts.*
 #
-# The same recipe, over a mesh of two axes. `data` cuts the calibration set: roll-outs and the batches of a
-# fit are spread over it, so that what limits the size of a set is the pod and not one chip. `block` spreads
-# alike blocks of the network, which are fitted independently of each other. `out` has to be a folder that
-# all hosts see, a mounted bucket for example.
+# The same recipe, over a mesh of two axes. The calibration set lies in logical shards (8) along `data`, and
+# gradients are added up in their order: the result has the same bits on any two or more devices. Alike
+# blocks of the network lie along `block` and are fitted at the same time. `out` has to be a folder that all
+# hosts see, a mounted bucket for example.
 #
 # ```python
-# mesh = jax.make_mesh((32, 8), ("data", "block"))
-# qjax.calibrate.run(pipe, recipe, out="run", mesh=mesh)
+# from qjax.calibrate.pod import Pod, start
+#
+# start()  # first of all: joins the hosts of a TPU pod
+# pod = Pod.of(data=8, block=32)
+# recipe = recipe.with_settings(shards=8, at_once=pod.block)
+# qjax.calibrate.run(pipe, recipe, out="run", pod=pod)
 # ```
 #
 # ```sh
 # qjax plan dit-xl-2-256 --recipe s2p_w4a8 --topology v5e:16x16
 # qjax calibrate facebook/DiT-XL-2-256 --recipe s2p_w4a8 --steps 50 --guidance 1.5 \
-#   --out run mesh.data=32 mesh.block=8
+#   --out run --distributed mesh.data=8 mesh.block=32
 # ```
 #
-# Start the same command on every host of the slice. If your version of qjax answers that it knows no
-# `mesh` or `--topology`, it is from before pods were supported; `qjax calibrate --help` says.
+# Start the same command on every host of the slice. The first line needs no TPU: it compiles the programs of
+# the calibration for that slice, and says whether they fit.

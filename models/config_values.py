@@ -98,7 +98,7 @@ def _fits(value: Any, hint: Any, least: int, most: int) -> bool:
         return (
             isinstance(value, numbers.Integral)
             and type(value) is not bool
-            and (least <= value <= most)
+            and least <= int(value) <= most
         )
     if hint is float:
         return (

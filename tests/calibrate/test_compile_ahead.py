@@ -1,0 +1,85 @@
+"""Programs of a calibration compiled for slices that are not there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qjax.calibrate.compile_ahead import _collectives, mesh_for, topology_devices
+
+libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler of TPUs, is not installed",
+)
+
+
+def plan(model, topology, *words):
+    command = [sys.executable, "-m", "qjax", "plan", model, "--recipe", "s2p_w4a8", "--json"]
+    done = subprocess.run(
+        [*command, "--topology", topology, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["topology"]
+
+
+@pytest.mark.parametrize(
+    ("count", "data", "block", "found"),
+    [
+        (256, None, None, (8, 32)),
+        (4, None, None, (4, 1)),
+        (12, None, None, (4, 3)),
+        (64, None, 16, (4, 16)),
+        (64, 2, None, (2, 32)),
+    ],
+)
+def test_devices_lie_along_data_as_far_as_shards_go(count, data, block, found):
+    assert mesh_for(count, 8, data, block) == found
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:axb", ""])
+def test_a_topology_is_a_chip_and_a_shape(name):
+    with pytest.raises(ValueError, match="as v5e:16x16"):
+        topology_devices(name)
+
+
+def test_collectives_are_counted_with_what_they_send():
+    text = """
+  %a = f32[8,16]{1,0} all-to-all(f32[8,16]{1,0} %p), channel_id=1
+  %b = (bf16[4]{0}, s32[2,2]{1,0}) all-reduce-start(%q, %r), to_apply=%add
+  %c = f32[] add(%x, %y)
+"""
+    assert list(_collectives(text)) == [("all-to-all", 512), ("all-reduce", 8 + 16)]
+
+
+@libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x4"])
+def test_a_shipped_model_is_compiled_for_a_slice(topology):
+    found = plan("fashion-dit", topology)
+    fits, samples = (
+        [p for p in found["programs"] if p["what"] == what] for what in ("fit", "sample")
+    )
+    # Alike blocks run one program.
+    assert len(fits) == len(samples) < sum(p["blocks"] for p in fits)
+    assert found["mesh"]["data"] * found["mesh"]["block"] == {"v5e:2x2": 4, "v6e:2x4": 8}[topology]
+    for program in fits:
+        assert program["collectives"]["all-to-all"] >= 1  # shards' gradients change hands
+        assert program["temp_bytes"] > 0
+    assert found["fits"]
+    assert found["fit_bytes"] < 2**30
+
+
+@libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dit-xl-2-256", "sd-v1-4", "sdxl-1.0"])
+def test_a_full_size_model_fits_a_slice(model):
+    found = plan(model, "v5e:16x16")
+    assert found["mesh"] == {"data": 8, "block": 32}
+    assert found["fits"]
+    assert max(found["fit_bytes"], found["collect_bytes"], found["sample_bytes"]) < 16e9
