@@ -47,6 +47,8 @@ _COLLECTIVE = re.compile(
     r"= (?P<shapes>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|"
     r"collective-permute)(?:-start)?\("
 )
+# What the compiler says of a program that no chip could hold.
+_TOO_MUCH = re.compile(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([MGT])\)?.*?exceeds", re.DOTALL)
 _SHAPE = re.compile(r"(f32|bf16|f16|s32|u32|s8|u8|pred)\[([\d,]*)\]")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 
@@ -78,7 +80,8 @@ class Program(NamedTuple):
       blocks: How many do.
       argument_bytes: Of its arguments.
       temp_bytes: While it runs.
-      hbm_bytes: All that it holds.
+      hbm_bytes: All that it holds; of a program that the compiler refused, for it is more than a
+        chip has, what the compiler says it needs.
       flops: Of one pass through its loops, by the compiler's count.
       bytes_accessed: Likewise.
       collectives: How many of each kind it has.
@@ -183,6 +186,7 @@ def compile_ahead(
     data: int | None = None,
     block: int | None = None,
     images: int = 1,
+    count: int | None = None,
     on_program: Callable[[Program, int, int], None] | None = None,
 ) -> AheadOfTime:
     """Compile everything that a calibration and sampling run on a topology.
@@ -195,25 +199,21 @@ def compile_ahead(
       data: Devices along the axis of data; None: as many as there are shards.
       block: Along the axis of blocks; None: the rest.
       images: Images that every device samples at once.
+      count: How many of the slice's devices are used; None for all.
       on_program: Progress: called with every program, its number and how many there will be.
 
     Raises:
       ValueError: If the topology is none, or the mesh does not suit it.
     """
-    devices = topology_devices(topology)
+    devices = topology_devices(topology)[:count]
     shards = settings.shards or 8
     data, block = mesh_for(len(devices), shards, data, block)
     pod = Pod.of(data=data, block=block, devices=devices)
     pod.check(shards)
     quantized = quantize(network.params, quant)
-    kernels = quantized_kernels(quantized)
-    bare = {path: q.replace(act=None) for path, q in kernels.items()}
-    student = Student(network.apply, with_kernels(quantized, bare), network.params, kernels)
     calls = settings.steps or 1
-    tables: Tables = jax.eval_shape(
-        lambda: to_fitted([empty(student.formats)] * calls, student.formats)
-    )
-    groups = alike(_blocks(network, student))
+    student, tables = student_of(network, quantized, calls)
+    groups = alike(blocks_of(network, student))
     programs: list[Program] = []
     total = 2 * len(groups)
     for make in (_fit, _sample):
@@ -230,7 +230,18 @@ def compile_ahead(
     )
 
 
-def _blocks(network: Network, student: Student) -> tuple[Block, ...]:
+def student_of(network: Network, quantized: Params, steps: int) -> tuple[Student, Tables]:
+    """The quantized network of shapes while it is calibrated, and its ranges."""
+    kernels = quantized_kernels(quantized)
+    bare = {path: q.replace(act=None) for path, q in kernels.items()}
+    student = Student(network.apply, with_kernels(quantized, bare), network.params, kernels)
+    tables: Tables = jax.eval_shape(
+        lambda: to_fitted([empty(student.formats)] * steps, student.formats)
+    )
+    return student, tables
+
+
+def blocks_of(network: Network, student: Student) -> tuple[Block, ...]:
     """The blocks of a network of shapes."""
     found: list[Block] = []
 
@@ -255,20 +266,36 @@ def _placed(pod: Pod, tree: Any, *axes: str | None) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
-def _fit(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
-    """The program that fits as many blocks of a group as the mesh takes at once."""
-    del quantized, images
-    first: Block = group[0]
-    fit, shards = settings.fit, settings.shards or 8
-    runner = student.runner(first)
+def fit_shapes(
+    network: Network,
+    student: Student,
+    block: Block,
+    settings: SerialParallelSettings,
+    tables: Tables,
+) -> tuple[Params, Any, optimize.Carry, Any]:
+    """Shapes of what fitting a block takes.
+
+    Args:
+      network: The float network.
+      student: The quantized one.
+      block: The block.
+      settings: Of the stage; its `steps` are chosen.
+      tables: Of the ranges of its layers' inputs.
+
+    Returns:
+      The block's params, what is fixed of its layers, the state of the optimizer, and input and
+      output of one item.
+    """
+    fit, calls = settings.fit, settings.steps or 1
+    runner = student.runner(block)
 
     def make(params: Params, floats: Params, kernels: Any, tables: Tables, key: Array) -> Any:
         one = Student(network.apply, params, floats, kernels)
-        fixed = one.fixed(first)
-        begin = one.begin(first, fixed, tables, fit, jax.random.wrap_key_data(key))
+        fixed = one.fixed(block)
+        begin = one.begin(block, fixed, tables, fit, jax.random.wrap_key_data(key))
         nothing = jnp.zeros((1,), jnp.int32)
         problem = Problem(
-            one.block_params(first, fixed), fixed, None, nothing, nothing, jnp.float32(1)
+            one.block_params(block, fixed), fixed, None, nothing, nothing, jnp.float32(1)
         )
         carry = optimize.start_optimizer(begin, calls, fit, runner, problem)
         return problem.params, fixed, carry
@@ -277,10 +304,19 @@ def _fit(pod, network, student, quantized, group, settings, calls, tables, image
     params, fixed, carry = jax.eval_shape(
         make, student.params, student.floats, student.kernels, tables, key
     )
+    return params, fixed, carry, (_inputs(block, (1,)), _output(block, params))
+
+
+def _fit(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
+    """The program that fits as many blocks of a group as the mesh takes at once."""
+    del quantized, images, calls
+    first: Block = group[0]
+    fit, shards = settings.fit, settings.shards or 8
+    runner = student.runner(first)
+    params, fixed, carry, item = fit_shapes(network, student, first, settings, tables)
     at_once = min(max(settings.at_once, pod.block), len(group))
     k = at_once if at_once == 1 else -(-at_once // pod.block) * pod.block
     axis = None if k == 1 else BLOCK
-    item = (_inputs(first, (1,)), _output(first, params))
     each = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(item))
     here = (k if axis is None else k // pod.block) * (shards // pod.data)
     wanted = settings.pairs * network.halves // shards
@@ -362,7 +398,15 @@ def _without_ranges(params: Params) -> Params:
 
 def _compiled(what: str, group: tuple[Block, ...], lowered: Any) -> Program:
     start = time.perf_counter()
-    compiled = lowered.compile(compiler_options=QUICKLY)
+    try:
+        compiled = lowered.compile(compiler_options=QUICKLY)
+    except jax.errors.JaxRuntimeError as error:
+        needed = _TOO_MUCH.search(str(error))
+        if needed is None:
+            raise
+        held = int(float(needed[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[needed[2]])
+        seconds = round(time.perf_counter() - start, 1)
+        return Program(what, group[0].path, len(group), 0, held, held, 0.0, 0.0, {}, 0, seconds)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -6,9 +6,18 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from qjax.calibrate.compile_ahead import _collectives, mesh_for, topology_devices
+from qjax.calibrate.blocks import Block
+from qjax.calibrate.compile_ahead import (
+    AheadOfTime,
+    _collectives,
+    _compiled,
+    mesh_for,
+    topology_devices,
+)
+from qjax.topology_plan import summary
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -56,6 +65,24 @@ def test_collectives_are_counted_with_what_they_send():
   %c = f32[] add(%x, %y)
 """
     assert list(_collectives(text)) == [("all-to-all", 512), ("all-reduce", 8 + 16)]
+
+
+class Refused:
+    """A program that no chip can hold."""
+
+    def compile(self, **_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (65.12G) exceeds available HBM (15.75G)."
+        )
+
+
+def test_a_program_that_no_chip_can_hold_does_not_fit():
+    program = _compiled("fit", (Block("a", None, (), "a"),), Refused())
+    assert program.hbm_bytes == int(65.12 * 2**30)
+    found = AheadOfTime("v5e:2x2", 4, 1, (program,), 0, 0)
+    assert not found.fits
+    assert "does NOT fit" in summary(found)[-1]
 
 
 @libtpu
