@@ -115,7 +115,7 @@ def _said(hint: Any, least: int, most: int) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_said(one, least, most) for one in inside)
     if origin is typing.Literal:
-        return " or ".join(map(repr, inside))
+        return ("only " if len(inside) == 1 else "") + " or ".join(map(repr, inside))
     if origin is tuple:
         return f"a list, each {_said(inside[0], least, most)}"
     names = {int: f"a whole number from {least} to {most}", float: "a finite number"}

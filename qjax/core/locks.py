@@ -41,11 +41,14 @@ def try_lock(descriptor: int) -> bool | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A folder that no other process works on in the meantime; it is created.
+    """A folder that no other process works on in the meantime.
+
+    It is created, and goes again if nothing was put into it.
 
     Raises:
       BlockingIOError: If another process does; the message says which.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
@@ -66,6 +69,9 @@ def locked(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                if new:
+                    with contextlib.suppress(OSError):  # it is not empty
+                        folder.rmdir()
             return
         finally:
             os.close(descriptor)

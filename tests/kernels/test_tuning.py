@@ -93,7 +93,7 @@ def test_those_that_keep_at_once_lose_nothing(cache):
     with ThreadPoolExecutor(2) as both:
         list(both.map(keep, (1, 2)))
     assert len(tuning.choices()) == 40
-    assert {file.name for file in cache.parent.iterdir()} == {"tuning.json", "tuning.lock"}
+    assert {file.name for file in cache.parent.iterdir()} == {"tuning.json", ".tuning.lock"}
 
 
 def test_what_cannot_be_written_leaves_the_file_as_it_was(cache):
@@ -102,7 +102,7 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(cache):
     with pytest.raises(TypeError):
         tuning.keep({problem(rows=65): Choice("xla", (object(),))})
     assert cache.read_text() == before
-    assert {file.name for file in cache.parent.iterdir()} == {"tuning.json", "tuning.lock"}
+    assert {file.name for file in cache.parent.iterdir()} == {"tuning.json", ".tuning.lock"}
 
 
 def test_weights_are_unpacked_in_pieces_whatever_is_tuned():

@@ -233,7 +233,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused_with_all_keys(tmp_pa
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json must be"):
+    with pytest.raises(ValueError, match="config.json (must hold|is not valid)"):
         load_checkpoint(tmp_path)
 
 
