@@ -394,7 +394,10 @@ class Pipeline:
             told, null = conditioner.encode(texts, negatives, size=size)
             return told, null if guided else None
         if prompts is not None or negative_prompts is not None:
-            raise ValueError("this pipeline reads labels, not prompts. Pass labels=[...].")
+            raise ValueError(
+                "this pipeline reads labels, not prompts. Pass labels=[...], or --labels on the "
+                "command line."
+            )
         if guided and self.null_label is None:
             raise ValueError(
                 "guidance needs a model with a null_label; got null_label=None. Leave "

@@ -6,6 +6,7 @@ pipe = qjax.load("fashion-dit")
 report = qjax.compare(pipe, qjax.quantize(pipe, qjax.recipes.w4a8()), out="report.html")
 """
 
+from qjax import _clone as _clone
 from qjax import calibrate as calibrate
 from qjax import recipes as recipes
 from qjax._version import __version__ as __version__

@@ -1,5 +1,6 @@
 """load, quantize, plan, compare and evaluate: the few functions that join the floors."""
 
+import difflib
 import os
 import warnings
 from pathlib import Path
@@ -86,9 +87,11 @@ def locate(
                 f"{name} names a revision, and revision={revision!r} another; give one of them."
             )
         return download(repository, weights=weights, revision=at or revision), repository
+    near = difflib.get_close_matches(name, zoo_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
     raise FileNotFoundError(
         f"{name!r} is no model of the zoo ({', '.join(zoo_names())}), no local folder and no hub "
-        "id of the form owner/name, with @revision behind it or without."
+        f"id of the form owner/name, with @revision behind it or without.{hint}"
     )
 
 

@@ -10,6 +10,7 @@ where something is wrong.
 
 import argparse
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -26,7 +27,7 @@ from qjax import (
     cli_pictures,
 )
 from qjax._version import __version__
-from qjax.cli_options import Command, add_options, resolve
+from qjax.cli_options import Command, add_options, near_miss, resolve
 from qjax.cli_output import Output
 
 COMMANDS: tuple[Command, ...] = (
@@ -47,6 +48,13 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are exceptions, so that they are worded in one place."""
 
     def error(self, message: str):
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if wrong:
+            names = [command.name for command in COMMANDS]
+            raise ValueError(
+                f"there is no command {wrong[1]!r}; there are {', '.join(names)}."
+                f"{near_miss(wrong[1], names)}"
+            )
         raise ValueError(f"{message}; `{self.prog} --help` shows what there is.")
 
 

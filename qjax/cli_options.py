@@ -115,12 +115,21 @@ def path(value: Any) -> Path:
     return Path(text(value)).expanduser()
 
 
+def near_miss(word: str, words: Sequence[str]) -> str:
+    """` Did you mean steps?` of a misspelt word; nothing where none is near."""
+    near = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
 def one_of(choices: Sequence[str]) -> Callable[[Any], str]:
     """Reads one of some texts."""
 
     def read(value: Any) -> str:
         if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}")
+            hint = near_miss(str(value), choices)
+            raise ValueError(
+                f"must be one of {', '.join(choices)}; got {value!r}{hint and '.' + hint}"
+            )
         return value
 
     return read
@@ -241,7 +250,8 @@ def _value(option: Option, given: Any) -> Any:
     try:
         return option.read(given)
     except ValueError as error:
-        raise ValueError(f"{option.name} {error}.") from None
+        words = f"{option.name} {error}"
+        raise ValueError(words if words.endswith("?") else f"{words}.") from None
 
 
 def _read_file(
@@ -285,8 +295,7 @@ def _unknown(command: Command, key: str) -> str:
     names = [option.name for option in command.options]
     if command.takes_quant:
         names.append(f"{QUANT}.*")
-    near = difflib.get_close_matches(key, names, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = near_miss(key, names)
     return f"{command.name} has no option {key!r}; it has {', '.join(names) or 'none'}.{hint}"
 
 

@@ -40,7 +40,7 @@ NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safete
 OPTIONAL = {
     "diffusers": "only to compare ports with the originals",
     "transformers": "only for tokenizers and text encoders",
-    "torch": "only for the parity tests; reading safetensors needs none",
+    "torch": "only for weights that are pickles (.ckpt, .pth, .bin) and for the parity tests",
 }
 # Settings from outside that change what is computed.
 VARIABLES = (

@@ -28,7 +28,7 @@ NEEDS_INCEPTION = (
     "needs the weights of Inception: --inception FILE, pt_inception-2015-12-05-6726825d.pth that "
     "pytorch-fid publishes, or the same as safetensors"
 )
-NEEDS_PAIRS = "needs a model to hold the pictures against, one by one: --reference MODEL_B"
+NEEDS_PAIRS = "needs a model to hold the pictures against, one by one, as a rule the float one: --reference MODEL"
 NEEDS_SET = "needs pictures to hold the model's against: --reference MODEL_B or --images FOLDER"
 NEEDS_ROWS = f"{NEEDS_SET}; statistics alone do not do"
 K = 3

@@ -171,7 +171,13 @@ def test_it_runs_as_a_module():
 # What goes wrong.
 
 BAD = {
-    "no such command": (["paint"], "invalid choice: 'paint'"),
+    "no such command": (["paint"], "there is no command 'paint'; there are demo, plan"),
+    "a misspelt command": (["genrate", MODEL], "Did you mean generate?"),
+    "a misspelt model": (
+        ["plan", "fashion-dti", "--recipe", "w8a8"],
+        "without. Did you mean fashion-dit?",
+    ),
+    "a misspelt recipe": (["plan", MODEL, "--recipe", "w4-a8"], "got 'w4-a8'. Did you mean w4a8?"),
     "no such model": (["plan", "nosuch", "--recipe", "w8a8"], "'nosuch' is no model of the zoo"),
     "no such recipe": (
         ["plan", MODEL, "--recipe", "w9"],
