@@ -166,7 +166,7 @@ def read_statistics(path: Path) -> dict[str, FeatureStatistics]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of statistics {path}.")
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(path) as arrays:
         names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
         found = {
             key: FeatureStatistics(

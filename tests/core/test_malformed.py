@@ -363,9 +363,10 @@ def test_nothing_in_the_package_can_read_a_pickle_but_the_restricted_reader():
                 bad = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
                 if isinstance(node, ast.Import | ast.ImportFrom) and bad & {*names, module}:
                     found.append(f"{path.name}: imports {names}")
-                if words.startswith(("np.load(", "numpy.load(", "torch.load(", "eval(", "exec(")):
+                # NumPy's `load` reads no pickles unless it is told to, which the next rule finds.
+                if words.startswith(("torch.load(", "eval(", "exec(")):
                     found.append(f"{path.name}: {words}")
-                if "allow_pickle=True" in words:
+                if "allow_pickle" in words:
                     found.append(f"{path.name}: {words}")
     assert len(found) == 1 and found[0].startswith("pickles.py: torch.load("), found
     assert "weights_only=True" in found[0]
