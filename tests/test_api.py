@@ -320,6 +320,7 @@ def test_a_low_rank_branch_counts_as_part_of_its_kernel():
     assert found == {"a/kernel": pytest.approx(float(expected))} and expected > 10
 
 
+@pytest.mark.slow
 def test_of_many_pictures_the_worst_are_shown_too(pipe, qpipe):
     report = qjax.compare(pipe, qpipe, num_images=12, steps=1, repeats=0)
     (variant,) = report.variants

@@ -248,7 +248,9 @@ def test_own_samples_are_those_that_the_corrected_sampler_makes(variance):
     np.testing.assert_allclose(x_0, carry.x_t, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "prediction_type", ["v_prediction", pytest.param("sample", marks=pytest.mark.slow)]
+)
 def test_noise_of_other_predictions_is_found_and_taken_back(prediction_type):
     sampler = DDIM(schedule=SCHEDULE, clip_sample=False, prediction_type=prediction_type)
     stage = NoiseCorrection(steps=STEPS, eta=1.0, data=DATA, slope="within")

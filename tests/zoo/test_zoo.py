@@ -336,7 +336,9 @@ def test_every_shipped_model_loads(name):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-@pytest.mark.parametrize(("recipe", "most"), [("w4a8", 0.33), ("w8a8", 0.56)])
+@pytest.mark.parametrize(
+    ("recipe", "most"), [("w4a8", 0.33), pytest.param("w8a8", 0.56, marks=pytest.mark.slow)]
+)
 def test_a_quantized_shipped_model_is_as_small_as_promised(name, recipe, most, tmp_path):
     """On disk, manifest included, and on the device, where no array is narrower than it says.
 
@@ -363,7 +365,7 @@ def test_a_quantized_shipped_model_is_as_small_as_promised(name, recipe, most, t
     assert any(map(is_qtensor, jax.tree.leaves(pipe.params, is_leaf=is_qtensor)))
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if "ldm" in name])
+@pytest.mark.parametrize("name", ONE_LATENT)
 def test_a_forward_of_a_latent_model_takes_at_most_a_fifth_of_a_gigaflop(name):
     pipe = load_pipeline(zoo.FOLDER / name)
     told, _ = pipe.condition(1, labels=[3])
@@ -372,7 +374,8 @@ def test_a_forward_of_a_latent_model_takes_at_most_a_fifth_of_a_gigaflop(name):
     assert cost["flops"] <= 2e8
 
 
-@pytest.mark.parametrize("name", [*ONE_LATENT, *map(slow, OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ONE_LATENT, *OTHERS])
 def test_a_latent_model_draws_the_class_that_it_is_asked_for(name):
     """85 % of 100 pictures at least; `benchmarks/zoo_quality.py` counts 1,000."""
     pipe = load_pipeline(zoo.FOLDER / name)
@@ -384,7 +387,9 @@ def test_a_latent_model_draws_the_class_that_it_is_asked_for(name):
 
 @pytest.mark.torch_oracle
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:::diffusers")  # of their own deprecations
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize(
+    "name", [*ONE_OF_EACH, *(slow(n) for n in zoo.names() if n not in ONE_OF_EACH)]
+)
 def test_diffusers_loads_a_shipped_folder_and_predicts_the_same(name):
     torch = pytest.importorskip("torch")
     import diffusers
@@ -407,6 +412,7 @@ def test_diffusers_loads_a_shipped_folder_and_predicts_the_same(name):
     )
 
 
+@pytest.mark.slow
 def test_networks_beside_the_denoiser_are_saved_in_the_float16_they_came_in(tmp_path):
     pipe = load_pipeline(zoo.FOLDER / "fashion-ldm")
     pipe.save(tmp_path / "saved")
