@@ -232,8 +232,27 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         found.append(
             f"norm_num_groups={groups} with block_out_channels={channels} (must divide them all)"
         )
+    width, least = values["attention_head_dim"], min(_attended(values), default=None)
+    if width is not None and least is not None and not 1 <= width <= least:
+        found.append(
+            f"attention_head_dim={width} with attention over {least} channels (must be at most "
+            "these, and at least 1)"
+        )
     if values["time_embedding_type"] == "learned" and values["num_train_timesteps"] is None:
         found.append("num_train_timesteps=None (a learned time embedding needs a number)")
+    return found
+
+
+def _attended(values: Mapping[str, Any]) -> list[int]:
+    """Channels of every level that has attention."""
+    channels = tuple(values["block_out_channels"])
+    levels = [
+        *zip(values["down_block_types"], channels, strict=False),
+        *zip(values["up_block_types"], channels[::-1], strict=False),
+    ]
+    found = [count for name, count in levels if "Attn" in str(name)]
+    if values["add_attention"] and values["mid_block_type"] is not None:
+        found += channels[-1:]
     return found
 
 

@@ -28,6 +28,7 @@ from qjax.models.dit import DiTConfig
 from qjax.models.loading import load_pipeline
 from qjax.models.samplers import sampler_from_diffusers
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
+from qjax.models.unet2d_config import UNet2DConfig
 
 ROOT = Path(qjax.__file__).parents[1]
 ZOO = Path(qjax.__file__).parent / "zoo"
@@ -125,6 +126,7 @@ def test_yaml_that_breaks_a_rule_is_refused(text, message):
         read_yaml("x.yaml", text)
 
 
+DDPM = UNet2DConfig().to_diffusers()
 SDXL = UNet2DConditionConfig.sdxl().to_diffusers()
 DIT = DiTConfig().to_diffusers()
 KL = AutoencoderKLConfig().to_diffusers()
@@ -140,6 +142,8 @@ DDIM = {"_class_name": "DDIMScheduler"}
         (DiTConfig.from_diffusers, DIT, "in_channels", -1),
         (DiTConfig.from_diffusers, DIT, "norm_eps", float("nan")),
         (DiTConfig.from_diffusers, DIT, "in_channels", True),
+        (UNet2DConfig.from_diffusers, DDPM, "attention_head_dim", 32768),
+        (UNet2DConfig.from_diffusers, DDPM, "attention_head_dim", 0),
         (UNet2DConditionConfig.from_diffusers, SDXL, "block_out_channels", []),
         (UNet2DConditionConfig.from_diffusers, SDXL, "block_out_channels", [320, 640, 1e9]),
         (UNet2DConditionConfig.from_diffusers, SDXL, "down_block_types", [None] * 3),
