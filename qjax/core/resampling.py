@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterable
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from qjax.core.metrics import FeatureStatistics, Interval, frechet_distance
 from qjax.core.moments import FeatureMoments
@@ -59,7 +59,7 @@ def standard_interval(
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level}.")
-    half = float(stats.norm.ppf((1 + level) / 2) * np.std(resampled, ddof=1))
+    half = float(special.ndtri((1 + level) / 2) * np.std(resampled, ddof=1))
     return Interval(estimate=estimate, low=estimate - half, high=estimate + half, level=level, n=n)
 
 
