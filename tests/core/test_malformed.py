@@ -331,7 +331,7 @@ def test_a_full_disk_names_the_file_and_the_bytes_and_leaves_the_old_one(saved, 
 
 def test_no_pickle_is_read_on_the_way_of_loading(tmp_path, monkeypatch):
     """Pickles beside the weights, in every spelling, stay unread."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = shutil.copytree(ZOO / "fashion-dit", tmp_path / "model")
     for name in ("diffusion_pytorch_model.bin", "x.ckpt", "y.pt", "z.pth", "a.pkl"):
