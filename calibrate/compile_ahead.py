@@ -24,9 +24,9 @@ import numpy as np
 
 from qjax.calibrate import optimize, sharded_fit
 from qjax.calibrate.blocks import Block, alike, params_of
-from qjax.calibrate.capture import items_within
+from qjax.calibrate.capture import bytes_per_item, items_within
 from qjax.calibrate.fitted import quantized_kernels, with_kernels
-from qjax.calibrate.pod import BLOCK, DATA, Pod
+from qjax.calibrate.pod import BLOCK, DATA, SHARDS, Pod
 from qjax.calibrate.ranges import empty, to_fitted
 from qjax.calibrate.reconstruction import Problem
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
@@ -40,8 +40,8 @@ HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 """Bytes of a chip, as Google Cloud's pages of TPU versions have them."""
 
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
-"""Options of the compiler: what it does for speed is left out. Of three blocks of Stable
-Diffusion v1-4 programs took 16 s instead of 79, and -0.3 to +4.8 % as much temporary memory."""
+"""Options of the compiler: what it does for speed is left out. Tried by hand on three blocks of
+Stable Diffusion v1-4: 16 s instead of 79, and -0.3 to +4.8 % as much temporary memory."""
 
 _COLLECTIVE = re.compile(
     r"= (?P<shapes>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|"
@@ -206,25 +206,29 @@ def compile_ahead(
       ValueError: If the topology is none, or the mesh does not suit it.
     """
     devices = topology_devices(topology)[:count]
-    shards = settings.shards or 8
+    settings = dataclasses.replace(
+        settings, shards=settings.shards or SHARDS, steps=settings.steps or 1
+    )
+    shards = settings.shards
+    assert shards is not None and settings.steps is not None
     data, block = mesh_for(len(devices), shards, data, block)
     pod = Pod.of(data=data, block=block, devices=devices)
     pod.check(shards)
     quantized = quantize(network.params, quant)
-    calls = settings.steps or 1
-    student, tables = student_of(network, quantized, calls)
+    student, tables = student_of(network, quantized, settings.steps)
     groups = alike(blocks_of(network, student))
+    lower = {
+        "fit": lambda group: _fit(pod, network, student, group, settings, tables),
+        "sample": lambda group: _sample(pod, quantized, group, images * network.halves),
+    }
     programs: list[Program] = []
-    total = 2 * len(groups)
-    for make in (_fit, _sample):
+    for what, one in lower.items():
         for group in groups:
             with target("tpu", devices[0].device_kind):
-                lowered = make(
-                    pod, network, student, quantized, group, settings, calls, tables, images
-                )
-            programs.append(_compiled(make.__name__[1:], group, lowered))
+                lowered = one(group)
+            programs.append(_compiled(what, group, lowered))
             if on_program is not None:
-                on_program(programs[-1], len(programs), total)
+                on_program(programs[-1], len(programs), len(lower) * len(groups))
     return AheadOfTime(
         topology, data, block, tuple(programs), tree_bytes(network.params), tree_bytes(quantized)
     )
@@ -232,9 +236,7 @@ def compile_ahead(
 
 def student_of(network: Network, quantized: Params, steps: int) -> tuple[Student, Tables]:
     """The quantized network of shapes while it is calibrated, and its ranges."""
-    kernels = quantized_kernels(quantized)
-    bare = {path: q.replace(act=None) for path, q in kernels.items()}
-    student = Student(network.apply, with_kernels(quantized, bare), network.params, kernels)
+    student = Student.of_params(network.apply, quantized, network.params)
     tables: Tables = jax.eval_shape(
         lambda: to_fitted([empty(student.formats)] * steps, student.formats)
     )
@@ -307,20 +309,18 @@ def fit_shapes(
     return params, fixed, carry, (_inputs(block, (1,)), _output(block, params))
 
 
-def _fit(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
+def _fit(pod, network, student, group, settings, tables) -> Any:
     """The program that fits as many blocks of a group as the mesh takes at once."""
-    del quantized, images, calls
     first: Block = group[0]
-    fit, shards = settings.fit, settings.shards or 8
+    fit, shards = settings.fit, settings.shards
     runner = student.runner(first)
     params, fixed, carry, item = fit_shapes(network, student, first, settings, tables)
-    at_once = min(max(settings.at_once, pod.block), len(group))
-    k = at_once if at_once == 1 else -(-at_once // pod.block) * pod.block
-    axis = None if k == 1 else BLOCK
-    each = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(item))
-    here = (k if axis is None else k // pod.block) * (shards // pod.data)
+    k = sharded_fit.padded(pod, min(max(settings.at_once, pod.block), len(group)))
+    axis = sharded_fit.block_axis(pod, k)
+    blocks_here, shards_here, _ = map(int, sharded_fit.counts_of(pod, k, shards))
+    held = bytes_per_item(item, 1) * blocks_here * shards_here
     wanted = settings.pairs * network.halves // shards
-    items = items_within(settings.memory_gib, each * here, wanted, least=1)
+    items = items_within(settings.memory_gib, held, wanted, least=1)
     lead = (k, shards, items)
     grow = lambda tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((*lead, *a.shape[1:]), a.dtype), tree
@@ -364,13 +364,12 @@ def _output(block: Block, params: Params) -> Any:
     )
 
 
-def _sample(pod, network, student, quantized, group, settings, calls, tables, images) -> Any:
-    """A block of the low-bit network, on a device's images with both halves of guidance."""
-    del student, settings, calls, tables
+def _sample(pod, quantized, group, batch) -> Any:
+    """A block of the low-bit network, on a batch of every device."""
     first: Block = group[0]
     module = first.module
     assert module is not None
-    args, kwargs = _inputs(first, (images * network.halves * pod.data * pod.block,))
+    args, kwargs = _inputs(first, (batch * pod.data * pod.block,))
     spread = (BLOCK, DATA)
 
     def run(params: Params, args: Any, kwargs: Any) -> Any:
@@ -382,7 +381,7 @@ def _sample(pod, network, student, quantized, group, settings, calls, tables, im
             run, mesh=pod.mesh, in_specs=(every, mine, mine), out_specs=mine, check_vma=False
         )(params, args, kwargs)
 
-    params = jax.tree.map(lambda a: a, _without_ranges(params_of(first, quantized)))
+    params = _without_ranges(params_of(first, quantized))
     place = lambda tree: _placed(pod, tree, spread)  # type: ignore[arg-type]
     return jax.jit(on_device).lower(_placed(pod, params), place(args), place(kwargs))
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -228,6 +228,7 @@ def run(
         if check is not None:
             check(pipe)
     folder = None if out is None else Path(out)
+    claim: dict[str, Any] = {}
     settings: dict[str, Any] = {
         "resume": resume,
         "seed": seed,
@@ -242,13 +243,14 @@ def run(
             _check_claim(folder, claim)
             if pod is None or pod.writes:
                 stack.enter_context(locked(folder))
-        return _run(pipe, recipe, folder, **settings)
+        return _run(pipe, recipe, folder, claim, **settings)
 
 
 def _run(
     pipe: Pipeline,
     recipe: Recipe,
     folder: Path | None,
+    claim: Mapping[str, Any],
     *,
     resume: bool,
     seed: int,
@@ -260,8 +262,7 @@ def _run(
     writes = pod is None or pod.writes
     total, done, student, floats = len(recipe.stages), 0, None, None
     if folder is not None:
-        claim = _claim_of(pipe, recipe, seed)
-        _check_claim(folder, claim)
+        _check_claim(folder, claim)  # again: another run may have had the folder until just now
         done, student = _furthest(folder, recipe) if resume else (0, None)
         floats = _read_floats(folder, recipe, done - 1)
         _wait(pod, "claimed")
@@ -341,7 +342,7 @@ def _claim_of(pipe: Pipeline, recipe: Recipe, seed: int) -> dict[str, Any]:
     return settings | {"model": source.name, "params": source.sha256}
 
 
-def _check_claim(out: Path, mine: dict[str, Any]) -> None:
+def _check_claim(out: Path, mine: Mapping[str, Any]) -> None:
     """That the folder is new, or for this run."""
     path = out / RUN
     if not path.exists():

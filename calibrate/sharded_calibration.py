@@ -27,7 +27,7 @@ from qjax.calibrate.rollout import Buffer, Network
 from qjax.calibrate.sharded_rollout import roll_out
 from qjax.calibrate.states import States
 from qjax.calibrate.student import names
-from qjax.core.typing import Array, Params, PRNGKeyArray
+from qjax.core.typing import Array, Params
 
 
 class ShardedCalibration(Calibration):
@@ -177,13 +177,13 @@ class ShardedCalibration(Calibration):
     ) -> list[Fitted]:
         """What was fitted of every block, on the host."""
         pod, count = self.pod, len(blocks)
-        padding = 0 if count == 1 else -count % pod.block
-        axis = sharded_fit.block_axis(pod, count + padding)
+        places = sharded_fit.padded(pod, count)
+        axis = sharded_fit.block_axis(pod, places)
         begun = [
             self._begin(block, runner, refresh, number, fit)
             for block, number in zip(blocks, numbers, strict=True)
         ]
-        begun += begun[-1:] * padding
+        begun += begun[-1:] * (places - count)
         groups = int(self.group[-1]) + 1
         carries = [
             optimize.start_optimizer(begin, groups, fit, runner, problem)
@@ -192,9 +192,10 @@ class ShardedCalibration(Calibration):
         to_pod = lambda trees: pod.put(jax.tree.map(np.asarray, sharded_fit.stack(trees)), axis)
         carry = to_pod(carries)
         bare = to_pod([(p.params, p.fixed, p.baseline) for p, _, _ in begun])
-        data = collect(padding)
+        data = collect(places - count)
         problem = Problem(bare[0], bare[1], data.inputs, data.target, data.group, bare[2])
-        counts = pod.put(sharded_fit.counts_of(pod, count + padding, self.shards))
+        counts = pod.put(sharded_fit.counts_of(pod, places, self.shards))
+        key_data = pod.put(jax.random.key_data(jnp.stack([key for *_, key in begun])), axis)
 
         def errors(problem: Problem, fitted: Fitted) -> Array:
             return sharded_fit.mean_errors(
@@ -204,11 +205,26 @@ class ShardedCalibration(Calibration):
         rounded = to_pod([nearest(p, begin) for p, begin, _ in begun])
         baseline = _at_least(errors(problem, rounded), 1e-12)
         problem = problem._replace(baseline=baseline)
-        carry, last = self._iterate_at_once(
-            name, blocks, runner, problem, carry, [key for *_, key in begun], refresh, fit, cost
-        )
+
+        def chunk(carry: optimize.Carry, first: int, length: int) -> tuple[optimize.Carry, Array]:
+            return sharded_fit.run_chunk(
+                runner,
+                fit,
+                length,
+                pod,
+                self.shards,
+                self.ordered,
+                axis,
+                carry,
+                problem,
+                pod.put(np.int32(first)),
+                key_data,
+                counts,
+            )
+
+        carry, last = self._iterate_at_once(name, blocks, chunk, carry, refresh, fit, cost)
         fitted: Fitted = pod.get(carry.fitted)
-        alone = [jax.tree.map(lambda a, i=i: a[i], fitted) for i in range(count + padding)]
+        alone = [jax.tree.map(lambda a, i=i: a[i], fitted) for i in range(places)]
         hardened = [
             Fitted({path: hardened_weights(w) for path, w in one.weights.items()}, one.acts)
             for one in alone
@@ -229,10 +245,8 @@ class ShardedCalibration(Calibration):
         self,
         name: str,
         blocks: list[Block],
-        runner: Runner,
-        problem: Problem,
+        chunk: Callable[[optimize.Carry, int, int], tuple[optimize.Carry, Array]],
         carry: optimize.Carry,
-        keys: list[PRNGKeyArray],
         refresh: int,
         fit: FitSettings,
         cost: float,
@@ -246,22 +260,10 @@ class ShardedCalibration(Calibration):
         means: np.ndarray | None = None
         since = done
         while done < last:
-            end = min(done + fit.chunk, last)
-            found: list[np.ndarray] = []
-            carry = sharded_fit.go_on(
-                runner,
-                problem,
-                carry,
-                fit,
-                jnp.stack(keys),
-                (done, end),
-                functools.partial(_append, found),
-                pod=self.pod,
-                shards=self.shards,
-                ordered=self.ordered,
-            )
-            done = end
-            means = np.mean(found[0], axis=1)
+            length = min(fit.chunk, last - done)
+            carry, errors = chunk(carry, done, length)
+            done += length
+            means = np.mean(self.pod.get(errors), axis=1)
             self.work.log(
                 "fit",
                 block=names(blocks),
@@ -310,10 +312,6 @@ def rounds_of(
 def _padded(collect: Callable[..., Data], members: list[int], padding: int) -> Data:
     """The data of blocks, the last of them once more for every place that is left."""
     return collect(members=[*members, *members[-1:] * padding])
-
-
-def _append(found: list[np.ndarray], _: int, errors: np.ndarray) -> None:
-    found.append(errors)
 
 
 @jax.jit

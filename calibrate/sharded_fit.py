@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from qjax.calibrate import optimize
-from qjax.calibrate.optimize import Carry, OnChunk
+from qjax.calibrate.optimize import Carry
 from qjax.calibrate.pod import BLOCK, DATA, Pod, each, mean_over_shards
 from qjax.calibrate.reconstruction import FitSettings, Fitted, Problem, Runner, block_error
-from qjax.core.typing import Array, PRNGKeyArray
+from qjax.core.typing import Array
 
 Reduction = str
 """`"ordered"` or `"fast"`: how gradients of shards are added up."""
@@ -181,59 +181,12 @@ def mean_errors(
     )(problem, fitted, counts)
 
 
+def padded(pod: Pod, count: int) -> int:
+    """Places for `count` blocks: one, or as many on every column of the mesh."""
+    return 1 if count == 1 else -(-count // pod.block) * pod.block
+
+
 def counts_of(pod: Pod, blocks: int, shards: int) -> np.ndarray:
     """Blocks and shards of a device, and all shards: the lengths of a device's loops."""
     here = blocks if blocks == 1 else blocks // pod.block
     return np.array([here, shards // pod.data, shards], np.int32)
-
-
-def go_on(
-    runner: Runner,
-    problem: Problem,
-    carry: Carry,
-    settings: FitSettings,
-    keys: PRNGKeyArray,
-    span: tuple[int, int],
-    on_chunk: OnChunk | None = None,
-    *,
-    pod: Pod,
-    shards: int,
-    ordered: bool = True,
-) -> Carry:
-    """The states of stacked blocks after the iterations `span`; `carry` is used up.
-
-    Args:
-      runner: What the blocks have in common.
-      problem: Stacked, on the pod.
-      carry: Stacked, on the pod.
-      settings: How.
-      keys: One for each block, `[k]`.
-      span: First iteration and the one after the last.
-      on_chunk: Called after every chunk with the iterations done and its errors, `[k, n]`.
-      pod: The devices.
-      shards: Logical shards of the items.
-      ordered: As for `mean_over_shards`.
-    """
-    k = len(keys)
-    blocks = block_axis(pod, k)
-    key_data = pod.put(jax.random.key_data(keys), blocks)
-    counts = pod.put(counts_of(pod, k, shards))
-
-    def run(runner, settings, length, carry, problem, first, key_data):
-        carry, errors = run_chunk(
-            runner,
-            settings,
-            length,
-            pod,
-            shards,
-            ordered,
-            blocks,
-            carry,
-            problem,
-            pod.put(first),
-            key_data,
-            counts,
-        )
-        return carry, pod.get(errors)
-
-    return optimize.go_on(runner, problem, carry, settings, key_data, span, on_chunk, run=run)

@@ -57,14 +57,23 @@ class Student:
         Raises:
           ValueError: If nothing in it is quantized.
         """
-        kernels = quantized_kernels(pipe.params)
+        return cls.of_params(pipe.apply, pipe.params, floats)
+
+    @classmethod
+    def of_params(cls, apply: Apply, params: Params, floats: Params) -> "Student":
+        """The student of a function and quantized params, which may be shapes.
+
+        Raises:
+          ValueError: If nothing in them is quantized.
+        """
+        kernels = quantized_kernels(params)
         if not kernels:
             raise ValueError(
                 "there is nothing to calibrate: no layer of this pipeline is quantized. Use a "
                 "recipe whose rules quantize some."
             )
         bare = {path: q.replace(act=None) for path, q in kernels.items()}
-        return cls(pipe.apply, with_kernels(pipe.params, bare), floats, kernels)
+        return cls(apply, with_kernels(params, bare), floats, kernels)
 
     @property
     def formats(self) -> dict[str, LayerFormat]:

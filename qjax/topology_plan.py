@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from qjax import api
-from qjax.calibrate.compile_ahead import AheadOfTime, Network, Program, compile_ahead
+from qjax.calibrate.compile_ahead import AheadOfTime, Network, compile_ahead
 from qjax.calibrate.pod import SHARDS
 from qjax.calibrate.recipe import Recipe
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
@@ -152,9 +152,5 @@ def as_dict(found: AheadOfTime) -> dict[str, Any]:
         "collect_bytes": found.collecting,
         "sample_bytes": found.held("sample"),
         "fits": found.fits,
-        "programs": [_program(program) for program in found.programs],
+        "programs": [program._asdict() for program in found.programs],
     }
-
-
-def _program(program: Program) -> dict[str, Any]:
-    return program._asdict()
