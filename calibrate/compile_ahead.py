@@ -6,9 +6,10 @@ network as sampling runs them: of blocks of equal structure one, on the whole me
 the compiler says a program holds on a device, arguments, results and temporaries, and beside it
 what stays there in the meantime: the quantized network while blocks are fitted or run.
 
-The compiler is told to take no pains (`QUICKLY`), so that a model takes minutes. The program that
-collects a block's data runs the whole network, which would take it longer than all blocks: it is
-not compiled, and of its memory only the least is told.
+Whole networks are run by the programs that collect the data of blocks. They are alike but for
+which blocks they keep, and one is compiled: that of the blocks with most data.
+
+The compiler is told to take no pains (`QUICKLY`), so that a model takes minutes.
 """
 
 import dataclasses
@@ -22,14 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibrate import optimize, sharded_fit
+from qjax.calibrate import optimize, sharded_collect, sharded_fit
 from qjax.calibrate.blocks import Block, alike, params_of
 from qjax.calibrate.capture import bytes_per_item, items_within
+from qjax.calibrate.collect import Samples
 from qjax.calibrate.fitted import quantized_kernels, with_kernels
-from qjax.calibrate.pod import BLOCK, DATA, SHARDS, Pod
+from qjax.calibrate.pod import BLOCK, DATA, SHARDS, Pod, Weights
 from qjax.calibrate.ranges import empty, to_fitted
 from qjax.calibrate.reconstruction import Problem
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
+from qjax.calibrate.spread import placed_shapes
 from qjax.calibrate.student import Student, Tables
 from qjax.core.config import QuantConfig
 from qjax.core.quantize import quantize, tree_bytes
@@ -75,7 +78,7 @@ class Program(NamedTuple):
     """What a compiled program needs on every device.
 
     Attributes:
-      what: `"fit"` or `"sample"`.
+      what: `"collect"`, `"fit"` or `"sample"`.
       block: Path of the first block that runs it.
       blocks: How many do.
       argument_bytes: Of its arguments.
@@ -111,16 +114,16 @@ class AheadOfTime:
       data: Devices along the axis of data.
       block: Devices along the axis of blocks.
       programs: What was compiled.
-      float_bytes: Of the float network's params.
-      student_bytes: Of the quantized ones.
+      student_bytes: Of the quantized params, as far as a device has them while it calibrates.
+      sampler_bytes: Of all of them.
     """
 
     topology: str
     data: int
     block: int
     programs: tuple[Program, ...]
-    float_bytes: int
     student_bytes: int
+    sampler_bytes: int
 
     @property
     def hbm(self) -> float:
@@ -129,19 +132,13 @@ class AheadOfTime:
 
     def held(self, what: str) -> int:
         """Most that a device holds while programs of a kind run, the quantized network included."""
-        most = max((p.hbm_bytes for p in self.programs if p.what == what), default=0)
-        return self.student_bytes + most
-
-    @property
-    def collecting(self) -> int:
-        """Least that a device holds while data is collected: both networks, and what it makes."""
-        data = max((p.argument_bytes for p in self.programs if p.what == "fit"), default=0)
-        return self.student_bytes + self.float_bytes + data
+        beside = {"collect": 0, "fit": self.student_bytes, "sample": self.sampler_bytes}[what]
+        return beside + max((p.hbm_bytes for p in self.programs if p.what == what), default=0)
 
     @property
     def fits(self) -> bool:
         """Whether everything fits into a chip."""
-        return max(self.held("fit"), self.held("sample"), self.collecting) <= self.hbm
+        return max(map(self.held, ("collect", "fit", "sample"))) <= self.hbm
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -185,6 +182,7 @@ def compile_ahead(
     *,
     data: int | None = None,
     block: int | None = None,
+    weights: Weights = "whole",
     images: int = 1,
     count: int | None = None,
     on_program: Callable[[Program, int, int], None] | None = None,
@@ -198,6 +196,7 @@ def compile_ahead(
       topology: As for `topology_devices`.
       data: Devices along the axis of data; None: as many as there are shards.
       block: Along the axis of blocks; None: the rest.
+      weights: Whether every device has the networks whole while it calibrates, or parts.
       images: Images that every device samples at once.
       count: How many of the slice's devices are used; None for all.
       on_program: Progress: called with every program, its number and how many there will be.
@@ -212,26 +211,29 @@ def compile_ahead(
     shards = settings.shards
     assert shards is not None and settings.steps is not None
     data, block = mesh_for(len(devices), shards, data, block)
-    pod = Pod.of(data=data, block=block, devices=devices)
+    pod = Pod.of(data=data, block=block, devices=devices, weights=weights)
     pod.check(shards)
     quantized = quantize(network.params, quant)
     student, tables = student_of(network, quantized, settings.steps)
     groups = alike(blocks_of(network, student))
-    lower = {
-        "fit": lambda group: _fit(pod, network, student, group, settings, tables),
-        "sample": lambda group: _sample(pod, quantized, group, images * network.halves),
-    }
+    fits = [_Fit.of(pod, network, student, group, settings, tables) for group in groups]
+    largest = max(range(len(groups)), key=lambda g: fits[g].data_bytes)
+    collect = lambda g: _collect(pod, network, student, groups, g, fits[g], settings, tables)
+    fit = lambda g: _fit(pod, student, groups[g], fits[g], settings)
+    sample = lambda g: _sample(pod, quantized, groups[g], images * network.halves)
+    every = range(len(groups))
+    wanted = [("fit", g, fit) for g in every]
+    wanted += [("collect", largest, collect)]
+    wanted += [("sample", g, sample) for g in every]
     programs: list[Program] = []
-    for what, one in lower.items():
-        for group in groups:
-            with target("tpu", devices[0].device_kind):
-                lowered = one(group)
-            programs.append(_compiled(what, group, lowered))
-            if on_program is not None:
-                on_program(programs[-1], len(programs), len(lower) * len(groups))
-    return AheadOfTime(
-        topology, data, block, tuple(programs), tree_bytes(network.params), tree_bytes(quantized)
-    )
+    for what, g, lower in wanted:
+        with target("tpu", devices[0].device_kind):
+            lowered = lower(g)
+        programs.append(_compiled(what, groups[g], lowered))
+        if on_program is not None:
+            on_program(programs[-1], len(programs), len(wanted))
+    held = tree_bytes(quantized) if weights == "whole" else 0
+    return AheadOfTime(topology, data, block, tuple(programs), held, tree_bytes(quantized))
 
 
 def student_of(network: Network, quantized: Params, steps: int) -> tuple[Student, Tables]:
@@ -309,18 +311,40 @@ def fit_shapes(
     return params, fixed, carry, (_inputs(block, (1,)), _output(block, params))
 
 
-def _fit(pod, network, student, group, settings, tables) -> Any:
-    """The program that fits as many blocks of a group as the mesh takes at once."""
-    first: Block = group[0]
+class _Fit(NamedTuple):
+    """A fit of as many blocks of a group as the mesh takes at once, as shapes.
+
+    Attributes:
+      shapes: `fit_shapes` of its first block.
+      places: Blocks.
+      axis: Of the mesh, along which they lie.
+      items: Of every shard.
+      data_bytes: Of a device's data.
+    """
+
+    shapes: tuple[Params, Any, optimize.Carry, Any]
+    places: int
+    axis: str | None
+    items: int
+    data_bytes: int
+
+    @classmethod
+    def of(cls, pod, network, student, group, settings, tables) -> "_Fit":
+        """The fit of a group."""
+        shapes = fit_shapes(network, student, group[0], settings, tables)
+        k = sharded_fit.padded(pod, min(max(settings.at_once, pod.block), len(group)))
+        blocks_here, shards_here, _ = map(int, sharded_fit.counts_of(pod, k, settings.shards))
+        held = bytes_per_item(shapes[-1], 1) * blocks_here * shards_here
+        wanted = settings.pairs * network.halves // settings.shards
+        items = items_within(settings.memory_gib, held, wanted, least=1)
+        return cls(shapes, k, sharded_fit.block_axis(pod, k), items, held * items)
+
+
+def _fit(pod, student, group, found, settings) -> Any:
+    """The program that fits blocks."""
     fit, shards = settings.fit, settings.shards
-    runner = student.runner(first)
-    params, fixed, carry, item = fit_shapes(network, student, first, settings, tables)
-    k = sharded_fit.padded(pod, min(max(settings.at_once, pod.block), len(group)))
-    axis = sharded_fit.block_axis(pod, k)
-    blocks_here, shards_here, _ = map(int, sharded_fit.counts_of(pod, k, shards))
-    held = bytes_per_item(item, 1) * blocks_here * shards_here
-    wanted = settings.pairs * network.halves // shards
-    items = items_within(settings.memory_gib, held, wanted, least=1)
+    runner = student.runner(group[0])
+    (params, fixed, carry, item), k, axis, items, _ = found
     lead = (k, shards, items)
     grow = lambda tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((*lead, *a.shape[1:]), a.dtype), tree
@@ -351,6 +375,32 @@ def _fit(pod, network, student, group, settings, tables) -> Any:
         _placed(pod, jax.ShapeDtypeStruct((), jnp.int32)),
         _placed(pod, jax.ShapeDtypeStruct((k, 2), jnp.uint32), axis),
         _placed(pod, jax.ShapeDtypeStruct((3,), jnp.int32)),
+    )
+
+
+def _collect(pod, network, student, groups, group, found, settings, tables) -> Any:
+    """The program that collects what blocks of a group are fitted to."""
+    size = max(settings.batch // settings.shards, 1) * network.halves
+    lead = (max(found.items // size, 1) * settings.shards, size)
+    ints: Any = jax.ShapeDtypeStruct(lead, jnp.int32)
+    grow: Any = lambda a: jax.ShapeDtypeStruct((*lead, *a.shape[1:]), a.dtype)
+    samples = Samples(grow(network.x_t), ints, jax.tree.map(grow, network.told), ints)
+    return sharded_collect.collect_pieces.lower(
+        student.apply,
+        network.apply,
+        tuple(student.formats.items()),
+        groups,
+        group,
+        pod,
+        found.axis,
+        _placed(pod, jax.ShapeDtypeStruct((2,), jnp.int32)),
+        (
+            placed_shapes(pod, student.params),
+            _placed(pod, tables),
+            placed_shapes(pod, network.params),
+        ),
+        _placed(pod, jax.ShapeDtypeStruct((found.places,), jnp.int32), found.axis),
+        _placed(pod, samples, DATA),
     )
 
 

@@ -10,7 +10,7 @@ hosts see.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ Number = TypeVar("Number", bool, int)
 BLOCK, DATA = "block", "data"
 """Axes of the mesh."""
 
+Weights = Literal["whole", "sharded"]
+"""What a device has of the networks."""
+
 SHARDS = 8
 """Logical shards of the data unless a stage says otherwise."""
 
@@ -33,13 +36,20 @@ class Pod:
 
     Attributes:
       mesh: Devices along the axes `block` and `data`.
+      weights: Whether every device has the networks whole, or a part of them (`spread.py`).
     """
 
     mesh: Mesh
+    weights: Weights = "whole"
 
     @classmethod
     def of(
-        cls, *, data: int | None = None, block: int = 1, devices: Sequence[jax.Device] | None = None
+        cls,
+        *,
+        data: int | None = None,
+        block: int = 1,
+        devices: Sequence[jax.Device] | None = None,
+        weights: Weights = "whole",
     ) -> "Pod":
         """The pod of some devices.
 
@@ -48,10 +58,15 @@ class Pod:
           block: Devices along the axis of blocks.
           devices: Which; None for all of all processes. A topology's are as good, for programs
             that are only compiled.
+          weights: `"whole"`, or `"sharded"` for networks that do not fit into a device's memory:
+            they stay in the host's, every device has a part, and layers are gathered as they
+            are used.
 
         Raises:
-          ValueError: If `data` times `block` is not the number of devices.
+          ValueError: If `data` times `block` is not the number of devices, or `weights` neither.
         """
+        if weights not in get_args(Weights):
+            raise ValueError(f"mesh.weights must be whole or sharded; got {weights!r}.")
         devices = jax.devices() if devices is None else list(devices)
         count = len(devices)
         if block < 1 or (data is not None and data < 1):
@@ -69,7 +84,7 @@ class Pod:
             axis_types=(AxisType.Auto, AxisType.Auto),
             devices=devices,
         )
-        return cls(mesh)
+        return cls(mesh, weights)
 
     @classmethod
     def single(cls) -> "Pod":

@@ -6,6 +6,7 @@ time, along the axis `block`, on what the network gives them before the first of
 Both change the numbers, and both are settings of the stage; the mesh changes nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from qjax.calibrate.preemption import Preempted, asked
 from qjax.calibrate.reconstruction import FitSettings, Fitted, Problem, Runner, nearest
 from qjax.calibrate.rollout import Buffer, Network
 from qjax.calibrate.sharded_rollout import roll_out
+from qjax.calibrate.spread import on_host
 from qjax.calibrate.states import States
 from qjax.calibrate.student import names
 from qjax.core.typing import Array, Params
@@ -45,6 +47,14 @@ class ShardedCalibration(Calibration):
         self.ordered = self.settings.reduction == "ordered"
         self.states = States(self.work.folder, pod)
         pod.check(self.shards)
+        if pod.weights == "sharded":
+            self.teacher = self.teacher.replace(params=on_host(self.teacher.params))
+            self.student = dataclasses.replace(
+                self.student,
+                params=on_host(self.student.params),
+                floats=on_host(self.student.floats),
+                kernels=on_host(self.student.kernels),
+            )
 
     def _roll_out(
         self, name: str, network: Network, driver: tuple[Network, Params] | None

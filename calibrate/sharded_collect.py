@@ -17,6 +17,7 @@ from qjax.calibrate.collect import Data, Groups, Samples, quantizing
 from qjax.calibrate.pod import DATA, Pod, each
 from qjax.calibrate.sharded_fit import block_axis, counts_of
 from qjax.calibrate.simulate import simulated
+from qjax.calibrate.spread import gathered, place, specs
 from qjax.calibrate.student import Student, Tables
 from qjax.core.typing import Apply, Params
 
@@ -25,18 +26,20 @@ from qjax.core.typing import Apply, Params
     jax.jit,
     static_argnames=("apply", "float_apply", "formats", "groups", "wanted", "pod", "blocks"),
 )
-def _blocks_data(
+def collect_pieces(
     apply, float_apply, formats, groups, wanted, pod, blocks, counts, shared, chosen, samples
 ):
     """Inputs in the student, outputs in the teacher of blocks of the group `wanted`."""
 
     def device(counts, shared, chosen, samples):
-        params, tables, floats = shared
+        in_parts, tables, floats_in_parts = shared
 
         def of_block(number):
             indices = [number if g == wanted else jnp.int32(0) for g in range(len(groups))]
 
             def of_piece(piece):
+                params, floats = gathered(in_parts), gathered(floats_in_parts)
+
                 def student():
                     with simulated(quantizing(dict(formats), tables, piece.group)):
                         return apply({"params": params}, piece.x_t, piece.t, piece.told)
@@ -56,7 +59,7 @@ def _blocks_data(
     return jax.shard_map(
         device,
         mesh=pod.mesh,
-        in_specs=(every, every, PartitionSpec(blocks), PartitionSpec(DATA)),
+        in_specs=(every, specs(shared), PartitionSpec(blocks), PartitionSpec(DATA)),
         out_specs=PartitionSpec(blocks, DATA),
         check_vma=False,
     )(counts, shared, chosen, samples)
@@ -68,7 +71,7 @@ def _answers(apply, pod, count, params, samples):
 
     def device(count, params, samples):
         def of_piece(piece):
-            return apply({"params": params}, piece.x_t, piece.t, piece.told)
+            return apply({"params": gathered(params)}, piece.x_t, piece.t, piece.told)
 
         return each(count, of_piece, samples)
 
@@ -76,7 +79,7 @@ def _answers(apply, pod, count, params, samples):
     return jax.shard_map(
         device,
         mesh=pod.mesh,
-        in_specs=(every, every, PartitionSpec(DATA)),
+        in_specs=(every, specs(params), PartitionSpec(DATA)),
         out_specs=PartitionSpec(DATA),
         check_vma=False,
     )(count, params, samples)
@@ -153,7 +156,7 @@ def collect_blocks(
     ]
     counts = pod.put(np.array([here[0], len(kept) // pod.data], np.int32))
     on_pod = _on_pod(pod, kept)
-    inputs, target = _blocks_data(
+    inputs, target = collect_pieces(
         student.apply,
         teacher[0],
         formats,
@@ -162,7 +165,7 @@ def collect_blocks(
         pod,
         blocks,
         counts,
-        pod.put((student.params, tables, teacher[1])),
+        (place(pod, student.params), pod.put(tables), place(pod, teacher[1])),
         pod.put(np.asarray(members, np.int32), blocks),
         on_pod,
     )
@@ -177,7 +180,7 @@ def collect_whole(
     """The data of the whole network, as of one block: `[1, shards, items of a shard, ...]`."""
     on_pod = _on_pod(pod, samples)
     count = pod.put(np.int32(len(samples) // pod.data))
-    target = _answers(teacher[0], pod, count, pod.put(teacher[1]), on_pod)
+    target = _answers(teacher[0], pod, count, place(pod, teacher[1]), on_pod)
     inputs: Any = ((on_pod.x_t, on_pod.t, on_pod.told), {})
     data = Data(inputs, target, on_pod.group)
     return jax.tree.map(lambda a: a[None], _joined(data, shards, 0))

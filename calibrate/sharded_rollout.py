@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from qjax.calibrate.pod import BLOCK, DATA, Pod, each, ordered_mean
 from qjax.calibrate.ranges import Range, empty, union
 from qjax.calibrate.rollout import Buffer, Items, Network, one_step
+from qjax.calibrate.spread import gathered, place, specs
 from qjax.core.typing import Array, Float, Int, Params
 
 
@@ -34,13 +35,18 @@ def in_pieces(tree: Any, size: int) -> Any:
 
 def _over_pieces(pod: Pod, axes: tuple[str, ...], function: Callable[..., Any], *arguments: Any):
     """`function(shared, piece)` of all pieces: `arguments` are count, shared and pieces."""
-    spread, every = PartitionSpec(axes), PartitionSpec()
+    pieces, every = PartitionSpec(axes), PartitionSpec()
+    _, shared, _ = arguments
 
     def device(count, shared, pieces):
         return each(count, lambda *piece: function(shared, *piece), *pieces)
 
     return jax.shard_map(
-        device, mesh=pod.mesh, in_specs=(every, every, spread), out_specs=spread, check_vma=False
+        device,
+        mesh=pod.mesh,
+        in_specs=(every, specs(shared), pieces),
+        out_specs=pieces,
+        check_vma=False,
     )(*arguments)
 
 
@@ -48,6 +54,7 @@ def _over_pieces(pod: Pod, axes: tuple[str, ...], function: Callable[..., Any], 
 def _observe(network, pod, axes, counts, params, x, states, row, items, step, prior, scale):
     """The ranges of a step: the mean of what all pieces find."""
     spread, every = PartitionSpec(axes), PartitionSpec()
+    shared = (params, row, step, prior, scale)
 
     def device(counts, shared, pieces):
         params, row, step, prior, scale = shared
@@ -57,7 +64,7 @@ def _observe(network, pod, axes, counts, params, x, states, row, items, step, pr
             zero = jnp.float32(0)
             *_, found = one_step(
                 network,
-                params,
+                gathered(params),
                 x,
                 state,
                 row,
@@ -76,8 +83,12 @@ def _observe(network, pod, axes, counts, params, x, states, row, items, step, pr
         return ordered_mean(counts[1], whole)
 
     return jax.shard_map(
-        device, mesh=pod.mesh, in_specs=(every, every, spread), out_specs=every, check_vma=False
-    )(counts, (params, row, step, prior, scale), (x, states, items))
+        device,
+        mesh=pod.mesh,
+        in_specs=(every, specs(shared), spread),
+        out_specs=every,
+        check_vma=False,
+    )(counts, shared, (x, states, items))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "pod", "axes"))
@@ -87,9 +98,19 @@ def _move(network, pod, axes, counts, params, x, states, row, items, step, prior
     def one(shared, x, state, items):
         params, row, step, prior, scale = shared
         keys = jax.random.wrap_key_data(items.keys)
-        decay = jnp.float32(1)
         x, state, _ = one_step(
-            network, params, x, state, row, items.told, items.null, keys, step, prior, decay, scale
+            network,
+            gathered(params),
+            x,
+            state,
+            row,
+            items.told,
+            items.null,
+            keys,
+            step,
+            prior,
+            jnp.float32(1),
+            scale,
         )
         return x, state
 
@@ -142,8 +163,8 @@ def roll_out(
     spread = pod.put(in_pieces(jax.tree.map(np.asarray, bare), piece), axes)
     x = spread.x_T * rows["init_scale"][0] if "init_scale" in rows else spread.x_T
     states = _begin(network, pod, axes, counts, x)
-    params = pod.put(params)
-    moving = (network, params) if driver is None else (driver[0], pod.put(driver[1]))
+    params = place(pod, params)
+    moving = (network, params) if driver is None else (driver[0], place(pod, driver[1]))
     scale = None if guidance_scale is None else pod.put(guidance_scale)
     nothing = pod.put(empty(dict(network.formats)))
     fitted: list[dict[str, Range]] = []

@@ -9,11 +9,12 @@ from typing import Any
 
 import qjax
 from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.pod import SHARDS, Pod, start
+from qjax.calibrate.pod import SHARDS, Pod, Weights, start
 from qjax.calibrate.recipe import RUN, Recipe, run
 from qjax.cli_models import (
     MESH_BLOCK,
     MESH_DATA,
+    MESH_WEIGHTS,
     MODEL,
     OUT_FOLDER,
     RECIPE,
@@ -97,7 +98,8 @@ def chosen_pod(settings: SimpleNamespace) -> Pod | None:
             processes=said["processes"],
             process=said["process"],
         )
-    return Pod.of(data=said["data"], block=said["block"] or 1)
+    weights: Weights = said["weights"] or "whole"
+    return Pod.of(data=said["data"], block=said["block"] or 1, weights=weights)
 
 
 def on_pod(recipe: Recipe, settings: SimpleNamespace, pod: Pod, output: Output) -> Recipe:
@@ -217,6 +219,7 @@ ETA = Option(name="eta", read=real, metavar="E", help="share of fresh noise a st
 MESH = {
     "data": MESH_DATA,
     "block": MESH_BLOCK,
+    "weights": MESH_WEIGHTS,
     "coordinator": Option(
         name="mesh.coordinator",
         read=text,

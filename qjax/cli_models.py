@@ -5,10 +5,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import qjax
 from qjax import api, recipes, topology_plan
+from qjax.calibrate.pod import Weights
 from qjax.calibrate.recipe import Recipe, data_free_name
 from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, text, whole
 from qjax.cli_output import Output, grid
@@ -50,6 +51,12 @@ MESH_BLOCK = Option(
     read=whole(1),
     metavar="N",
     help="devices that share alike blocks, fitted at once",
+)
+MESH_WEIGHTS = Option(
+    name="mesh.weights",
+    read=one_of(get_args(Weights)),
+    metavar="WORD",
+    help="whole: every device has the networks; sharded: a part of them, for large ones",
 )
 OUT_FOLDER = Option(
     name="out", read=path, metavar="DIR", required=True, help="folder to write into"
@@ -146,6 +153,7 @@ def plan(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         output,
         data=getattr(settings, "mesh.data"),
         block=getattr(settings, "mesh.block"),
+        weights=getattr(settings, "mesh.weights") or "whole",
         images=settings.images,
     )
     output.say("", topology_plan.table(found), *topology_plan.summary(found))
@@ -343,6 +351,7 @@ COMMANDS = (
             ),
             MESH_DATA,
             MESH_BLOCK,
+            MESH_WEIGHTS,
             Option(
                 name="images",
                 read=whole(1),

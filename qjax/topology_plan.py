@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qjax import api
 from qjax.calibrate.compile_ahead import AheadOfTime, Network, compile_ahead
-from qjax.calibrate.pod import SHARDS
+from qjax.calibrate.pod import SHARDS, Weights
 from qjax.calibrate.recipe import Recipe
 from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
 from qjax.cli_output import Output, grid
@@ -68,6 +68,7 @@ def compiled_for(
     *,
     data: int | None = None,
     block: int | None = None,
+    weights: Weights = "whole",
     images: int = 1,
 ) -> AheadOfTime:
     """Compile a recipe's programs for a topology; progress is shown.
@@ -93,6 +94,7 @@ def compiled_for(
             topology,
             data=data,
             block=block,
+            weights=weights,
             images=images,
             on_program=lambda program, done, total: tell(
                 done, total, f"{program.what} {program.block}"
@@ -126,17 +128,16 @@ def summary(found: AheadOfTime) -> list[str]:
     """What matters, in lines."""
     most = lambda what: f"{bytes_text(found.held(what))} of {bytes_text(int(found.hbm))}"
     verdict = "fits" if found.fits else "does NOT fit"
+    if max(found.held("collect"), found.held("fit")) > found.hbm and found.student_bytes:
+        verdict += "; mesh.weights=sharded leaves a part of the networks on every device"
     return [
         (
             f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "
             f"{found.block} along blocks; {len(found.programs)} programs compiled in "
             f"{sum(program.seconds for program in found.programs):.0f} s"
         ),
+        f"HBM of a device while the data of blocks is collected: {most('collect')}",
         f"HBM of a device while blocks are fitted: {most('fit')}",
-        (
-            f"HBM of a device while data is collected: at least {bytes_text(found.collecting)} "
-            "(both networks and the data; the program itself was not compiled)"
-        ),
         f"HBM of a device while the blocks of the low-bit network run: {most('sample')}",
         f"it {verdict}",
     ]
@@ -149,7 +150,7 @@ def as_dict(found: AheadOfTime) -> dict[str, Any]:
         "mesh": {"data": found.data, "block": found.block},
         "hbm_bytes": int(found.hbm),
         "fit_bytes": found.held("fit"),
-        "collect_bytes": found.collecting,
+        "collect_bytes": found.held("collect"),
         "sample_bytes": found.held("sample"),
         "fits": found.fits,
         "programs": [program._asdict() for program in found.programs],

@@ -1,12 +1,12 @@
 """A process of a calibration on a pod, for `test_pod_processes.py`: fashion-dit, a short fit.
 
-python pod_job.py OUT DEVICES DATA BLOCK [PORT PROCESSES PROCESS]
+python pod_job.py OUT DEVICES DATA BLOCK WEIGHTS [PORT PROCESSES PROCESS]
 """
 
 import os
 import sys
 
-out, devices, data, block, *others = sys.argv[1:]
+out, devices, data, block, weights, *others = sys.argv[1:]
 # Before JAX is imported: it counts devices once.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
@@ -46,7 +46,7 @@ def main() -> None:
         quant=dataclasses.replace(quant, rules=(keep, *quant.rules), allow_unmatched=True),
         stages=(stage,),
     )
-    pod = Pod.of(data=int(data), block=int(block))
+    pod = Pod.of(data=int(data), block=int(block), weights=weights)
     run(qjax.load("fashion-dit"), recipe, out=out, seed=3, pod=pod)
 
 

@@ -1,5 +1,6 @@
 """Programs of a calibration compiled for slices that are not there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -80,18 +81,21 @@ class Refused:
 def test_a_program_that_no_chip_can_hold_does_not_fit():
     program = _compiled("fit", (Block("a", None, (), "a"),), Refused())
     assert program.hbm_bytes == int(65.12 * 2**30)
-    found = AheadOfTime("v5e:2x2", 4, 1, (program,), 0, 0)
+    found = AheadOfTime("v5e:2x2", 4, 1, (program,), 1, 1)
     assert not found.fits
-    assert "does NOT fit" in summary(found)[-1]
+    assert "does NOT fit; mesh.weights=sharded" in summary(found)[-1]
+    in_parts = dataclasses.replace(found, student_bytes=0)
+    assert summary(in_parts)[-1] == "it does NOT fit"
 
 
 @libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x4"])
 def test_a_shipped_model_is_compiled_for_a_slice(topology):
     found = plan("fashion-dit", topology)
-    fits, samples = (
-        [p for p in found["programs"] if p["what"] == what] for what in ("fit", "sample")
+    collects, fits, samples = (
+        [p for p in found["programs"] if p["what"] == what] for what in ("collect", "fit", "sample")
     )
+    assert [p["collectives"] for p in collects] == [{}]  # every device runs its own items
     # Alike blocks run one program.
     assert len(fits) == len(samples) < sum(p["blocks"] for p in fits)
     assert found["mesh"]["data"] * found["mesh"]["block"] == {"v5e:2x2": 4, "v6e:2x4": 8}[topology]
@@ -100,6 +104,20 @@ def test_a_shipped_model_is_compiled_for_a_slice(topology):
         assert program["temp_bytes"] > 0
     assert found["fits"]
     assert found["fit_bytes"] < 2**30
+
+
+@libtpu
+@pytest.mark.slow
+def test_in_parts_the_networks_leave_room_where_data_is_collected():
+    whole, parts = (
+        plan("dit-xl-2-256", "v5e:4x4", *words) for words in ([], ["mesh.weights=sharded"])
+    )
+    (collect,) = (p for p in parts["programs"] if p["what"] == "collect")
+    assert collect["collectives"]["all-gather"] > 100  # of layer after layer
+    float_bytes, student_bytes = 1.35e9, 0.36e9
+    saved = whole["collect_bytes"] - parts["collect_bytes"]
+    assert saved > 0.8 * (float_bytes + student_bytes) * 15 / 16
+    assert parts["fit_bytes"] < whole["fit_bytes"]
 
 
 @libtpu

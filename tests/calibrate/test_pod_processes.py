@@ -23,12 +23,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-def begin(out, devices, data, block, processes=1):
+def begin(out, devices, data, block, processes=1, weights="whole"):
     """The processes of a job, started."""
     port = free_port()
     jobs = []
     for process in range(processes):
-        words = [out, devices, data, block]
+        words = [out, devices, data, block, weights]
         words += [port, processes, process] if processes > 1 else []
         with open(f"{out}.log.{process}", "ab") as log:
             jobs.append(
@@ -92,6 +92,16 @@ def test_two_processes_end_with_the_bits_of_one_though_one_of_them_is_killed(who
     assert wait(begin(out, 2, 2, 1)) == [0], Path(f"{out}.log.0").read_text()[-4000:]
     log = (out / PARTS / "log.jsonl").read_text()
     assert '"read"' in log  # what was done before was not done again
+    assert digest(out) == whole
+
+
+@pytest.mark.parametrize(("devices", "data", "processes"), [(4, 4, 1), (2, 4, 2)])
+def test_weights_of_which_every_device_has_a_part_give_the_same_bits(
+    whole, tmp_path, devices, data, processes
+):
+    out = tmp_path / "run"
+    jobs = begin(out, devices, data, 1, processes, weights="sharded")
+    assert wait(jobs) == [0] * processes, Path(f"{out}.log.0").read_text()[-4000:]
     assert digest(out) == whole
 
 
