@@ -11,6 +11,7 @@ import qjax
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.pod import SHARDS, Pod, Weights, start
 from qjax.calibrate.recipe import RUN, Recipe, run
+from qjax.calibrate.spread import on_host
 from qjax.cli_models import (
     MESH_BLOCK,
     MESH_DATA,
@@ -55,6 +56,8 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     recipe = with_options(recipe, settings, teacher, prompts)
     if pod is not None:
         recipe = on_pod(recipe, settings, pod, output)
+        if pod.weights == "sharded":
+            teacher = teacher.replace(params=on_host(teacher.params))
     stages = max(len(recipe.stages), 1)
     with output.progress("calibrating") as tell:
         on_stage, on_event = stage_progress(lambda done, words: tell(done, stages, words))
