@@ -13,6 +13,7 @@ from qjax.calibrate.pod import SHARDS, Pod, Weights, start
 from qjax.calibrate.recipe import RUN, Recipe, run
 from qjax.calibrate.spread import on_host
 from qjax.cli_models import (
+    BATCH,
     MESH_BLOCK,
     MESH_DATA,
     MESH_WEIGHTS,
@@ -140,6 +141,7 @@ def with_options(
             ("steps", settings.steps),
             ("guidance_scale", settings.guidance),
             ("eta", settings.eta),
+            ("batch", settings.batch),
         )
         if value is not None
     }
@@ -259,6 +261,7 @@ COMMANDS = (
                 help="the negative prompt of the later use",
             ),
             Option(name="items", read=whole(1), metavar="N", help="pictures to calibrate on"),
+            BATCH,
             Option(
                 name="iterations", read=whole(1), metavar="N", help="optimizer steps of every fit"
             ),

@@ -52,6 +52,12 @@ MESH_BLOCK = Option(
     metavar="N",
     help="devices that share alike blocks, fitted at once",
 )
+BATCH = Option(
+    name="batch",
+    read=whole(1),
+    metavar="N",
+    help="pictures that run at once while it is calibrated",
+)
 MESH_WEIGHTS = Option(
     name="mesh.weights",
     read=one_of(get_args(Weights)),
@@ -148,7 +154,7 @@ def plan(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         return result
     found = topology_plan.compiled_for(
         settings.model,
-        recipe,
+        recipe if settings.batch is None else recipe.with_settings(batch=settings.batch),
         settings.topology,
         output,
         data=getattr(settings, "mesh.data"),
@@ -352,6 +358,7 @@ COMMANDS = (
             MESH_DATA,
             MESH_BLOCK,
             MESH_WEIGHTS,
+            BATCH,
             Option(
                 name="images",
                 read=whole(1),

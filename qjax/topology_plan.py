@@ -130,6 +130,8 @@ def summary(found: AheadOfTime) -> list[str]:
     verdict = "fits" if found.fits else "does NOT fit"
     if max(found.held("collect"), found.held("fit")) > found.hbm and found.student_bytes:
         verdict += "; mesh.weights=sharded leaves a part of the networks on every device"
+    if found.held("collect") > found.hbm:
+        verdict += "; a smaller --batch runs less at once"
     return [
         (
             f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "
