@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import qjax
-from qjax import evaluation, evaluation_nets
+from qjax import evaluation_measuring, evaluation_nets
 from qjax.core import metrics
 from qjax.core.safetensors_io import write_tensors
 from qjax.core.set_metrics import inception_score, precision_recall
@@ -168,7 +168,7 @@ def test_the_clip_score_of_each_model_reads_the_prompts_in_turn(monkeypatch, tmp
 
     stub = type("Scorer", (), {"sha256": "0" * 64})()
     monkeypatch.setattr(evaluation_nets, "load_clip", lambda folder: stub)
-    monkeypatch.setattr(evaluation, "clip_scores", scores)
+    monkeypatch.setattr(evaluation_measuring, "clip_scores", scores)
     a, b = prompted(model(0.5)), prompted(model())
     found = scored(a, reference=b, prompts=["x", "xxx"], clip=tmp_path, names=("a", "b"))
     values = {s.of: s for s in found.scores if s.metric == "CLIP score"}
