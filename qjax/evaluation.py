@@ -34,10 +34,11 @@ from qjax.core.safetensors_io import atomic_write
 from qjax.evaluation_choice import METRICS, Choice, Given, choose
 from qjax.evaluation_data import Evaluation, NetUsed, as_dict
 from qjax.evaluation_measuring import Measuring, Progress, measure
-from qjax.evaluation_nets import UNVERIFIED, ZOO, Nets, load_nets, zoo_net
+from qjax.evaluation_nets import ZOO, Nets, load_nets, zoo_net
 from qjax.evaluation_parts import Parts
 from qjax.evaluation_pictures import Folder, fingerprint, folder_of, read_statistics
-from qjax.evaluation_scores import Against, Scoring, draws_of, scores
+from qjax.evaluation_scores import Against, Scoring, draws_of_sets, scores
+from qjax.models import inception as inception_net
 from qjax.models.pipeline import Pipeline
 from qjax.models.weight_files import file_sha256
 from qjax.report_layers import how_quantized
@@ -50,7 +51,6 @@ RESULT = "evaluation.json"
 REAL = "the real test set"
 ZOO_SHAPE = (32, 32, 1)
 PACKAGES = ("jax", "flax", "numpy", "scipy")
-_WIDTHS = {"pool": 2048, "spatial": 2023}
 
 
 def evaluate(
@@ -99,8 +99,9 @@ def evaluate(
       batch_size: Most pictures at a time, `part_size` at most; what is drawn does not depend
         on it.
       part_size: Pictures of which a run that is killed may lose the work.
-      resamples: Of the intervals of sets of pictures. None: 200, for features of more than 256
-        numbers 20, because a Frechet distance of such takes seconds; 0 for no such intervals.
+      resamples: Of the intervals of sets of pictures. None: 200, for `fid` and `sfid` 20, because
+        a Frechet distance of features as wide as Inception's takes seconds; 0 for no such
+        intervals.
       out: Folder that keeps what was measured; the same run goes on there, and
         `evaluation.json` is the result. None keeps nothing.
       names: What to call model and reference.
@@ -111,8 +112,9 @@ def evaluate(
 
     Raises:
       ValueError: If a metric that was asked for cannot be computed, all of them named; if the two
-        models draw pictures of different sizes; if labels, prompts and numbers do not suit;
-        if `out` belongs to another run. Nothing has been drawn then.
+        models draw pictures of different sizes, or one of them reads prompts and the other does
+        not; if labels, prompts and numbers do not suit; if `out` belongs to another run. Nothing
+        has been drawn then, and nothing written.
       FileNotFoundError: If a file or folder is missing.
     """
     if batch_size < 1 or part_size < 1 or resamples == 1 or (resamples or 0) < 0:
@@ -154,26 +156,24 @@ def evaluate(
         part_size=part_size,
     )
     measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
-    own, other = names or _names(pipe, reference)
+    own, other = _names(names, pipe, reference)
+    scoring = Scoring(
+        model=own,
+        reference=other,
+        sets=_sets(choice, other, pictures),
+        choice=choice,
+        resamples=resamples,
+    )
     evaluation = Evaluation(
         model=own,
-        reference=None if reference is None else other,
+        reference=other,
         images=None if images is None else str(images),
-        scores=scores(
-            parts,
-            Scoring(
-                model=own,
-                reference=None if reference is None else other,
-                sets=_sets(choice, reference, other, pictures),
-                choice=choice,
-                resamples=resamples,
-            ),
-        ),
+        scores=scores(parts, scoring),
         left_out=choice.left_out,
         num_images=n,
         told=_told(labels, prompts),
         nets=used,
-        resamples={m: draws_of(resamples, _WIDTHS.get(k, 0)) for m, k in choice.keys.items()},
+        resamples=draws_of_sets(scoring),
         device=device_words(),
         versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
         **settings,
@@ -220,6 +220,12 @@ def _check_models(pipe: Pipeline, reference: Pipeline | None) -> None:
             "two models can be held against each other if their samples have one shape; got "
             f"{pipe.shape} and {reference.shape}."
         )
+    if reference is not None and reference.reads_prompts != pipe.reads_prompts:
+        prompted, other = ("model", "reference") if pipe.reads_prompts else ("reference", "model")
+        raise ValueError(
+            "two models can be held against each other if they are told the same; the "
+            f"{prompted} reads prompts, the {other} labels."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +244,13 @@ def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
     path = Path(images)
     if path.suffix == ".npz":
         statistics = read_statistics(path)
+        widths = {"pool": inception_net.POOL_FEATURES, "spatial": inception_net.SPATIAL_FEATURES}
+        for key, of_key in statistics.items():
+            if len(of_key.mean) != widths[key]:
+                raise ValueError(
+                    f"{path} must hold statistics of Inception's {widths[key]} features; its mean "
+                    f"has {len(of_key.mean)} numbers. Take them from the layer that FID is of."
+                )
         return _Pictures(name=path.name, statistics=statistics, digest=file_sha256(path)[:16])
     folder = folder_of(path, grey=pipe.image_shape[-1] == 1)
     size = folder.read([0]).shape[1:]
@@ -246,7 +259,10 @@ def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
             f"the classifier of the shipped models sees pictures of 32 x 32; those in {path} are "
             f"{size[1]} x {size[0]}. Shrink them."
         )
-    return _Pictures(name=path.name or str(path), folder=folder, digest=folder.digest())
+    name = path.name or str(path)
+    if size != pipe.image_shape:
+        name += f", {size[1]} x {size[0]}"  # Inception sees both enlarged or shrunk to one size
+    return _Pictures(name=name, folder=folder, digest=folder.digest())
 
 
 def _choose(
@@ -258,20 +274,20 @@ def _choose(
     prompts: Sequence[str] | None,
     n: int,
 ) -> Choice:
-    inception, clip = nets.named("Inception"), nets.named("CLIP")
+    net, clip = nets.named("Inception"), nets.named("CLIP")
     given = Given(
         image_shape=pipe.image_shape,
         num_images=n,
         zoo=is_zoo(pipe),
         reference=reference is not None,
-        folder=pictures.folder is not None,
+        folder=0 if pictures.folder is None else len(pictures.folder.files),
         statistics=tuple(pictures.statistics or ()),
         prompts=prompts is not None,
-        inception=None if inception is None else inception.name,
+        inception=None if net is None else net.name,
         lpips=tuple(nets.lpips),
         clip=None if clip is None else clip.name,
     )
-    verified = inception is not None and inception.name != UNVERIFIED
+    verified = net is not None and net.verified is True
     return choose(asked, given, verified=verified, zoo_net=ZOO)
 
 
@@ -282,12 +298,10 @@ def _used(choice: Choice, nets: Nets) -> tuple[NetUsed, ...]:
     return tuple(zoo_net() if name == ZOO else known[name] for name in wanted)
 
 
-def _sets(
-    choice: Choice, reference: Pipeline | None, name: str, pictures: _Pictures
-) -> tuple[Against, ...]:
+def _sets(choice: Choice, reference: str | None, pictures: _Pictures) -> tuple[Against, ...]:
     sets = []
     if reference is not None:
-        sets.append(Against(name=name, side="b", paired=True))
+        sets.append(Against(name=reference, side="b", paired=True))
     if pictures.folder is not None:
         sets.append(Against(name=pictures.name, side="r"))
     if pictures.statistics is not None:
@@ -297,12 +311,14 @@ def _sets(
     return tuple(sets)
 
 
-def _names(pipe: Pipeline, reference: Pipeline | None) -> tuple[str, str]:
-    """What to call two models, which may be one model, float and quantized."""
-    named = [_full_name(one) for one in (pipe, pipe if reference is None else reference)]
-    if reference is not None and named[0] == named[1]:
-        named[1] += ", the reference"
-    return named[0], named[1]
+def _names(
+    given: tuple[str, str] | None, pipe: Pipeline, reference: Pipeline | None
+) -> tuple[str, str | None]:
+    """What to call two models, which may be one model, float and quantized: never the same."""
+    if reference is None:
+        return (_full_name(pipe) if given is None else given[0]), None
+    own, other = given or (_full_name(pipe), _full_name(reference))
+    return own, f"{other}, the reference" if own == other else other
 
 
 def _full_name(pipe: Pipeline) -> str:

@@ -1,6 +1,9 @@
 """Pictures to measure, a batch at a time: drawn by a model, or read from a folder."""
 
+import contextlib
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from qjax.core.metrics import FeatureStatistics
 from qjax.core.serialize import params_digest
 from qjax.core.typing import Float, UInt8
 from qjax.models.pipeline import Pipeline
+from qjax.models.weight_files import file_sha256
 
 __all__ = [
     "Folder",
@@ -120,14 +124,26 @@ class Folder:
         return np.stack([self._read(self.files[i]) for i in numbers])
 
     def _read(self, file: Path) -> np.ndarray:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             pixels = np.asarray(image.convert("L" if self.grey else "RGB"))
         return pixels[..., None] if self.grey else pixels
 
     def digest(self) -> str:
-        """A hash of names and lengths of the files."""
-        lines = (f"{file.relative_to(self.path)} {file.stat().st_size}\n" for file in self.files)
+        """A hash of names and contents of the files."""
+        lines = (f"{file.relative_to(self.path)} {file_sha256(file)}\n" for file in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """A picture; what is wrong with it is an error that names the file."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a picture ({error}). Remove it, or get it again."
+        ) from None
 
 
 def folder_of(path: Path, *, grey: bool) -> Folder:
@@ -135,7 +151,8 @@ def folder_of(path: Path, *, grey: bool) -> Folder:
 
     Raises:
       FileNotFoundError: If there is no such folder.
-      ValueError: If it holds fewer than two pictures, or pictures of several sizes.
+      ValueError: If it holds fewer than two pictures, pictures of several sizes, or a file that
+        is called a picture and is none.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"images must be a folder of pictures or a .npz; got {path}.")
@@ -144,7 +161,7 @@ def folder_of(path: Path, *, grey: bool) -> Folder:
         raise ValueError(f"{path} must hold two pictures at least; it holds {len(files)}.")
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             sizes.setdefault(image.size, file)
     if len(sizes) > 1:
         (a, file_a), (b, file_b) = list(sizes.items())[:2]
@@ -166,15 +183,21 @@ def read_statistics(path: Path) -> dict[str, FeatureStatistics]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of statistics {path}.")
-    with np.load(path) as arrays:
-        names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-        found = {
-            key: FeatureStatistics(
-                mean=arrays[mu].astype(np.float64), cov=arrays[sigma].astype(np.float64)
-            )
-            for key, (mu, sigma) in names.items()
-            if mu in arrays.files and sigma in arrays.files
-        }
-        if "pool" not in found:
-            raise ValueError(f"{path} must hold mu and sigma; it holds {', '.join(arrays.files)}.")
-    return found
+    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    try:
+        if not zipfile.is_zipfile(path):  # NumPy would take it for an array, or a pickle
+            raise ValueError("it is no .npz")
+        with np.load(path) as arrays:
+            if missing := {"mu", "sigma"} - set(arrays.files):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            return {
+                key: FeatureStatistics(
+                    mean=arrays[mu].astype(np.float64), cov=arrays[sigma].astype(np.float64)
+                )
+                for key, (mu, sigma) in names.items()
+                if mu in arrays.files and sigma in arrays.files
+            }
+    except (EOFError, MemoryError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} must hold statistics of pictures, the arrays mu and sigma: {error}."
+        ) from None
