@@ -32,6 +32,19 @@ def split_revision(name: str) -> tuple[str, str | None] | None:
     return repository, revision or None
 
 
+def check_id(repository: str) -> None:
+    """Raise unless it is `owner/name`, as the hub spells ids.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise ValueError(
+            f"repository must be an id of the form owner/name, without a revision; got "
+            f"{repository!r}."
+        )
+
+
 def download(
     repository: str,
     *,
@@ -110,8 +123,7 @@ def push(
     """
     import huggingface_hub
 
-    if not HUB_ID.fullmatch(repository):
-        raise ValueError(f"repository must be an id of the form owner/name; got {repository!r}.")
+    check_id(repository)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         save_pipeline(pipe, folder, report=report, card=card, place=repository)

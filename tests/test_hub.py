@@ -67,8 +67,18 @@ def test_the_card_on_the_hub_loads_from_there(hub, quantized):
     assert f'qjax.load("{REPOSITORY}")' in card
 
 
+def test_the_command_says_that_it_uploads_when_the_id_and_the_model_are_good(hub, run):
+    for words in (("fashion-dit", "just-a-name"), ("fashion-dit", f"{REPOSITORY}@v1")):
+        done = run("push", *words)
+        assert (done.status, "owner/name" in done.err) == (2, True), done
+        assert "uploading" not in done.err
+    done = run("push", "no-such-model", REPOSITORY)
+    assert done.status == 2 and "uploading" not in done.err
+    assert not hub.asked("upload_folder")
+
+
 def test_a_name_that_is_no_id_is_refused_before_anything_is_sent(hub, quantized):
-    with pytest.raises(ValueError, match="owner/name; got 'just-a-name'"):
+    with pytest.raises(ValueError, match="owner/name, .*; got 'just-a-name'"):
         quantized.push_to_hub("just-a-name")
     assert hub.calls == []
 
