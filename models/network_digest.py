@@ -18,15 +18,17 @@ def network_digest(pipe: Pipeline) -> str:
     nothing, shapes and dtypes do. Another version of jax may write the same computation otherwise.
 
     Args:
-      pipe: A float pipeline without a step table.
+      pipe: The pipeline; of a step table the first row.
     """
+    table = {} if pipe.step_table is None else pipe.step_table.entries
+    row = jax.tree.map(lambda rows: rows[0], dict(table))
     told_labels = bool(pipe.num_labels) or pipe.conditioner is not None
     words: dict[str, Any] = {"prompts": ""} if pipe.reads_prompts else {}
     told, _ = pipe.condition(1, **words or {"labels": 0 if told_labels else None})
 
-    def network(params: Any, x_t: Any, t: Any, told: Any) -> Any:
-        return pipe.apply({"params": params}, x_t, t, told)
+    def network(variables: Any, x_t: Any, t: Any, told: Any) -> Any:
+        return pipe.apply(variables, x_t, t, told)
 
     x_t, t = jnp.zeros((1, *pipe.shape), jnp.float32), jnp.zeros((1,), jnp.int32)
-    text = jax.jit(network).lower(pipe.params, x_t, t, told).as_text()
+    text = jax.jit(network).lower({**row, "params": pipe.params}, x_t, t, told).as_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from PIL import Image
 from qjax.core.metrics import FeatureStatistics
 from qjax.core.serialize import params_digest
 from qjax.core.typing import Float, UInt8
+from qjax.models.network_digest import network_digest
 from qjax.models.pipeline import Pipeline
 from qjax.models.weight_files import file_sha256
 
@@ -90,14 +91,15 @@ def draw(
 def fingerprint(pipe: Pipeline) -> str:
     """A hash of all that decides what a pipeline draws: equal models, equal pictures."""
     parts = [params_digest(pipe.params), repr(pipe.sampler), repr(pipe.quant), str(pipe.shape)]
-    parts += [getattr(pipe.apply, "__qualname__", ""), repr(pipe.source and pipe.source.config)]
+    # A function of the user's own has no name that says what it computes.
+    parts.append(network_digest(pipe) if pipe.source is None else repr(pipe.source.config))
     parts += [str(pipe.guidance_channels), str(pipe.null_label), str(pipe.buckets)]
-    trees: list[Any] = [None if pipe.step_table is None else pipe.step_table.entries]
-    if pipe.decoder is not None:
-        trees.append(pipe.decoder.component.params)
     towers = getattr(pipe.conditioner, "towers", ())
-    trees += [tower.component.params for tower in towers]
-    trees.append(getattr(getattr(pipe.conditioner, "component", None), "params", None))
+    owners = (pipe.decoder, pipe.conditioner, *towers)
+    sides = [one.component for one in owners if hasattr(one, "component")]
+    parts += [repr(dict(side.config)) for side in sides]
+    trees: list[Any] = [None if pipe.step_table is None else pipe.step_table.entries]
+    trees += [side.params for side in sides]
     digest = hashlib.sha256("\n".join(parts).encode())
     for leaf in jax.tree.leaves(trees):
         array = np.asarray(leaf)

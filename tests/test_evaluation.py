@@ -366,8 +366,25 @@ def test_rows_stream_part_by_part_from_memory_and_from_the_disk(tmp_path):
 def test_a_fingerprint_is_that_of_all_that_draws():
     same, others = model(), [model(1.1), model(null_label=2)]
     others.append(dataclasses.replace(model(), sampler=DDIM(prediction_type="v_prediction")))
+    others.append(dataclasses.replace(model(), apply=_darker))
     assert fingerprint(same) == fingerprint(model())
-    assert len({fingerprint(pipe) for pipe in (same, *others)}) == 4
+    assert len({fingerprint(pipe) for pipe in (same, *others)}) == 5
+
+
+def _darker(variables, x_t, t, labels):
+    return 0.5 * _apply(variables, x_t, t, labels)
+
+
+_darker.__qualname__ = _apply.__qualname__  # as of a function that was edited between two runs
+
+
+def test_a_fingerprint_is_also_of_what_stands_beside_the_denoiser():
+    pipe = qjax.load("fashion-ldm")
+    component = pipe.decoder.component
+    scaled = {**component.config, "scaling_factor": 0.5}
+    other = dataclasses.replace(component, config=scaled)
+    changed = pipe.replace(decoder=dataclasses.replace(pipe.decoder, component=other))
+    assert fingerprint(changed) != fingerprint(pipe) == fingerprint(qjax.load("fashion-ldm"))
 
 
 # --- What is chosen ----------------------------------------------------------------------
