@@ -86,16 +86,8 @@ def load_clip(folder: Path | str) -> CLIPScorer:
         raise ValueError(
             f"{folder} must hold a CLIPModel, model_type 'clip'; got {config.get('model_type')!r}."
         )
-    width = config.get("projection_dim", 512)
-    vision = CLIPVisionConfig.from_transformers(config.get("vision_config") or {}, width)
+    vision, text = _towers(config)
     _check_processor(folder, vision.image_size)
-    text = CLIPTextConfig.from_transformers(
-        {
-            **(config.get("text_config") or {}),
-            "architectures": ["CLIPTextModelWithProjection"],
-            "projection_dim": width,
-        }
-    )
     params = convert(
         tensors,
         checkpoint_keys(vision) | clip_keys.checkpoint_keys(text),
@@ -111,6 +103,18 @@ def load_clip(folder: Path | str) -> CLIPScorer:
         params=params,
         tokenizer=load_tokenizer(folder),
         sha256=digests[0] if len(digests) == 1 else " ".join(digests),
+    )
+
+
+def _towers(config: Mapping[str, Any]) -> tuple[CLIPVisionConfig, CLIPTextConfig]:
+    """The configs of both towers in that of a `CLIPModel`."""
+    width, of_text = config.get("projection_dim", 512), config.get("text_config") or {}
+    if not isinstance(of_text, Mapping):
+        raise ValueError(f"text_config must be a mapping; got {of_text!r:.80}.")
+    named = {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
+    return (
+        CLIPVisionConfig.from_transformers(config.get("vision_config") or {}, width),
+        CLIPTextConfig.from_transformers({**of_text, **named}),
     )
 
 

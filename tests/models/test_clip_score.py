@@ -188,10 +188,19 @@ def test_the_published_towers_have_their_published_size():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_size": 0}, {"num_attention_heads": 5}, {"hidden_act": "relu"}]
+    ("changes", "word"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"num_attention_heads": 5}, "must divide"),
+        ({"hidden_act": "relu"}, "'relu'"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers=2147483648"),
+        ({"hidden_size": True}, "hidden_size=True"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps='small'"),
+        ({"image_size": 2**20, "patch_size": 1}, "65,536 patches"),
+    ],
 )
-def test_configs_that_make_no_sense_are_refused(changes):
-    with pytest.raises(ValueError):
+def test_configs_that_make_no_sense_are_refused(changes, word):
+    with pytest.raises(ValueError, match=word):
         CLIPVisionConfig(**changes)
 
 
