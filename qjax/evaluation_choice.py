@@ -148,8 +148,9 @@ def _lacks(metric: str, given: Given) -> str | None:
         return NEEDS_INCEPTION
     if not (given.reference or given.folder):
         return NEEDS_ROWS
-    if metric == "pr" and min(given.num_images, given.folder or given.num_images) <= K:
-        return f"needs more than {K} pictures of each set"
+    sets = [given.num_images, *([given.folder] if given.folder else [])]
+    if metric == "pr" and min(sets) <= K:
+        return f"needs more than {K} pictures of each set; there are {' and '.join(map(str, sets))}"
     return None
 
 

@@ -425,7 +425,7 @@ def test_with_everything_given_nothing_is_left_out():
         ({"image_shape": (8, 64, 3)}, {"ssim", "lpips-alex", "lpips-vgg"}, "at least"),
         ({"num_images": 1}, {"fid", "sfid", "is", "pr", "kid", "fd"}, "two pictures"),
         ({"num_images": 3}, {"pr"}, "more than 3"),
-        ({"folder": 3}, {"pr"}, "more than 3 pictures of each set"),
+        ({"folder": 3}, {"pr"}, "more than 3 pictures of each set; there are 100 and 3"),
         (
             {"reference": False, "folder": 0, "statistics": ("pool",)},
             {"psnr", "ssim", "lpips-alex", "lpips-vgg", "sfid", "pr", "kid"},
