@@ -188,7 +188,8 @@ def read_statistics(path: Path) -> dict[str, FeatureStatistics]:
     try:
         if not zipfile.is_zipfile(path):  # NumPy would take it for an array, or a pickle
             raise ValueError("it is no .npz")
-        with np.load(path) as arrays:
+        # Opened here: NumPy leaves a broken one open.
+        with open(path, "rb") as file, np.load(file) as arrays:
             if missing := {"mu", "sigma"} - set(arrays.files):
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             return {
