@@ -29,10 +29,11 @@ from qjax.core.locks import locked
 from qjax.core.plain_json import read_json
 from qjax.core.quantize import quantize
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
-from qjax.core.serialize import flatten
+from qjax.core.serialize import flatten, params_digest
 from qjax.core.typing import Params, PRNGKeyArray
 from qjax.models.denoisers import build_denoiser
 from qjax.models.loading import load_pipeline
+from qjax.models.network_digest import network_digest
 from qjax.models.pipeline import Pipeline
 from qjax.models.saving import method_name, with_digest
 
@@ -204,7 +205,10 @@ def run(
     Args:
       pipe: The float pipeline.
       recipe: What to do.
-      out: Folder for the result of every stage; None keeps nothing.
+      out: Folder for the result of every stage, and for the parts of the one at hand; None keeps
+        nothing. Of a pipeline without a source (`from_apply`), which cannot be saved, the parts
+        of all stages stay there instead, and the same call, given the same `apply` again, reads
+        them.
       resume: Whether to go on after the last stage whose result lies in `out`.
       seed: Of all randomness; each stage has a key of its own, by its position.
       on_stage: Progress: called with the stages done, all stages, and the next one's name.
@@ -215,11 +219,13 @@ def run(
         them see. None: the default device.
 
     Returns:
-      The quantized pipeline; with `out` it is also saved there, in `out/final`.
+      The quantized pipeline; with `out` it is also saved there, in `out/final`, if it has a
+      source.
 
     Raises:
-      ValueError: If `out` holds the stages of another recipe, seed or model, `pipe` could not
-        be saved there, or a stage's settings do not suit it; before anything is computed.
+      ValueError: If `out` holds the stages of another recipe, seed or model, the source of `pipe`
+        names a network without a port, or a stage's settings do not suit it; before anything is
+        computed.
       BlockingIOError: If another process is at work in `out`; the message says which.
       Preempted: If the process is told to stop (SIGTERM); what is done is kept.
     """
@@ -260,6 +266,7 @@ def _run(
 ) -> Pipeline:
     """`run`, in a folder that is ours alone."""
     writes = pod is None or pod.writes
+    saves = folder is not None and writes and pipe.source is not None
     total, done, student, floats = len(recipe.stages), 0, None, None
     if folder is not None:
         _check_claim(folder, claim)  # again: another run may have had the folder until just now
@@ -286,7 +293,7 @@ def _run(
         _wait(pod, f"stage {i}")
         drop_programs()
         state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event, pod))
-        if folder is not None and writes:
+        if folder is not None and saves:
             _write_floats(folder, recipe, i, state.floats)
             state.student.save(folder / _stage_folder(recipe, i))
             if i > 0:
@@ -294,7 +301,7 @@ def _run(
             _remove_parts(parts)
     if on_stage is not None:
         on_stage(total, total, "done")
-    if folder is not None and writes:
+    if folder is not None and saves:
         state.student.save(folder / "final")
     _wait(pod, "done")
     return state.student
@@ -336,9 +343,12 @@ def _stage_folder(recipe: Recipe, i: int) -> str:
 
 def _claim_of(pipe: Pipeline, recipe: Recipe, seed: int) -> dict[str, Any]:
     """What a run's folder is for; fails for pipelines that no folder could hold."""
+    settings = {"recipe": recipe.digest(), "name": recipe.name, "seed": seed}
+    if pipe.source is None:
+        digests = {"network": network_digest(pipe), "params": params_digest(pipe.params)}
+        return settings | {"model": None} | digests
     source = with_digest(pipe)
     build_denoiser(source.model, source.config)
-    settings = {"recipe": recipe.digest(), "name": recipe.name, "seed": seed}
     return settings | {"model": source.name, "params": source.sha256}
 
 

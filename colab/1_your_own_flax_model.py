@@ -20,13 +20,17 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/qjax"  # where your clone comes from: see colab/README.md
 
 if importlib.util.find_spec("qjax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
+    if not os.path.exists("qjax-repository"):  # uploaded, or left by an earlier run of this cell
+        if "/OWNER/" in REPOSITORY:
+            raise ValueError("put the address of your clone's origin into REPOSITORY, above")
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "./qjax-repository"], check=True)
 
@@ -342,9 +346,7 @@ show({"float": pictures})
 # %%
 import dataclasses
 
-from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.reconstruction import FitSettings
-from qjax.calibrate.serial_parallel import SerialParallel
+from qjax.calibrate import CalibrationSet, FitSettings, SerialParallel
 
 w3 = dataclasses.replace(config.weight, bits=3)
 nearest = dataclasses.replace(config, weight=w3, act=qjax.ActSpec(bits=6))

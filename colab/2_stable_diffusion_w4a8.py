@@ -18,13 +18,17 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/qjax"  # where your clone comes from: see colab/README.md
 
 if importlib.util.find_spec("qjax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
+    if not os.path.exists("qjax-repository"):  # uploaded, or left by an earlier run of this cell
+        if "/OWNER/" in REPOSITORY:
+            raise ValueError("put the address of your clone's origin into REPOSITORY, above")
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "./qjax-repository"], check=True)
 
@@ -50,7 +54,7 @@ print(jax.devices())
 # which fits one block at a time.
 
 # %%
-from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate import CalibrationSet
 
 FULL = False
 
@@ -118,7 +122,7 @@ print("\n".join(line[:140] for line in [*lines[:12], "...", lines[-1]]))
 # iterations the error is told.
 
 # %%
-from qjax.calibrate.reconstruction import FitSettings
+from qjax.calibrate import FitSettings
 
 fit = FitSettings(weights="latent", iterations=ITERATIONS, batch=16, chunk=10)
 recipe = recipe.with_settings(fit=fit, refreshes=REFRESHES, pairs=512 if FULL else 96)

@@ -19,13 +19,17 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/qjax"  # where your clone comes from: see colab/README.md
 
 if importlib.util.find_spec("qjax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
+    if not os.path.exists("qjax-repository"):  # uploaded, or left by an earlier run of this cell
+        if "/OWNER/" in REPOSITORY:
+            raise ValueError("put the address of your clone's origin into REPOSITORY, above")
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "./qjax-repository"], check=True)
 
@@ -48,8 +52,7 @@ print(jax.devices())
 # downloads DiT-XL/2 and searches with the paper's population; an hour or more on a large GPU.
 
 # %%
-from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.evolution import EvolutionSettings
+from qjax.calibrate import CalibrationSet, EvolutionSettings
 
 FULL = False
 
@@ -99,7 +102,7 @@ show({"float": pictures})
 # thousands of them.
 
 # %%
-from qjax.calibrate.granularity_search import GranularitySearch
+from qjax.calibrate import GranularitySearch
 
 search = GranularitySearch(
     objective="latent",
@@ -189,7 +192,7 @@ rich.print(qjax.report.summary_table(report))
 # %%
 from pathlib import Path
 
-from qjax.calibrate.recipe_file import load_search
+from qjax.calibrate import load_search
 
 file = next(Path("run").rglob("granularity.yaml"))
 found = load_search(file)
@@ -208,7 +211,7 @@ except ValueError as error:
 # `again` is rounded to nearest. With a stage it is calibrated for the other checkpoint, without a search:
 
 # %%
-from qjax.calibrate.gptq_stage import GPTQ
+from qjax.calibrate import GPTQ
 
 gptq = GPTQ(steps=STEPS, guidance_scale=GUIDANCE, data=DATA)
 recipe = qjax.Recipe(name="q_dit_w4a8, groups from a file", quant=config, stages=(gptq,))

@@ -23,13 +23,17 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/qjax"  # where your clone comes from: see colab/README.md
 
 if importlib.util.find_spec("qjax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
+    if not os.path.exists("qjax-repository"):  # uploaded, or left by an earlier run of this cell
+        if "/OWNER/" in REPOSITORY:
+            raise ValueError("put the address of your clone's origin into REPOSITORY, above")
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "./qjax-repository"], check=True)
 
@@ -54,10 +58,7 @@ print(jax.devices())
 # %%
 import dataclasses
 
-from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.noise_correction import NoiseCorrection
-from qjax.calibrate.serial_parallel import SerialParallel
-from qjax.calibrate.step_bits import StepBits
+from qjax.calibrate import CalibrationSet, NoiseCorrection, SerialParallel, StepBits
 from qjax.models.samplers import DDIM, sampler_from_diffusers
 
 FULL = False

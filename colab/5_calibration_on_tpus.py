@@ -16,13 +16,17 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/qjax"  # where your clone comes from: see colab/README.md
 
 if importlib.util.find_spec("qjax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
+    if not os.path.exists("qjax-repository"):  # uploaded, or left by an earlier run of this cell
+        if "/OWNER/" in REPOSITORY:
+            raise ValueError("put the address of your clone's origin into REPOSITORY, above")
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "qjax-repository"], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "./qjax-repository"], check=True)
 
@@ -49,7 +53,7 @@ print(jax.devices())
 # items and iterations. `FULL = True` downloads DiT-XL/2 and takes real settings.
 
 # %%
-from qjax.calibrate.data import CalibrationSet
+from qjax.calibrate import CalibrationSet
 
 FULL = False
 
@@ -137,7 +141,7 @@ for name, pictures in {"several devices": several, "the float model": pipe(**dra
 # First the whole run without interruption, to have something to compare with.
 
 # %%
-from qjax.calibrate.reconstruction import FitSettings
+from qjax.calibrate import FitSettings
 
 recipe = qjax.recipes.s2p_w4a8(
     steps=STEPS, guidance_scale=GUIDANCE, data=CalibrationSet(items=ITEMS)

@@ -59,6 +59,8 @@ COPIES = {
 }
 # A link to a file: the words in brackets, its path, and what follows a `#`.
 LINK = re.compile(r"(\[[^\]]*\])\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+# Characters of code that are kept in one line.
+SHORT = 24
 NAME = re.compile(r"(qjax(?:\.\w+)+)(?:\(.*\))?")
 # Code between backticks, which keeps its characters; and what means something to reST outside.
 CODE_OR_MARK = re.compile(r"(`[^`]*`|^ *\* )|([|*])|(?<=\w)(_)(?=[\s.,;:)]|$)", flags=re.MULTILINE)
@@ -92,6 +94,17 @@ def documented_name(name: str) -> str:
     if hasattr(target, "__qualname__") and hasattr(target, "__module__"):
         return f"{target.__module__}.{target.__qualname__}"
     return name
+
+
+class MarkShortCode(SphinxTransform):
+    """Marks code that fits into a line even on a phone, for the style sheet."""
+
+    default_priority = 390
+
+    def apply(self, **kwargs: Any) -> None:
+        for literal in self.document.findall(nodes.literal):
+            if len(literal.astext()) <= SHORT:
+                literal["classes"].append("short")
 
 
 class LinkNames(SphinxTransform):
@@ -232,6 +245,7 @@ def commands_text() -> str:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Add what is above to Sphinx."""
+    app.add_transform(MarkShortCode)
     app.add_transform(LinkNames)
     # Before napoleon, which makes lists of the sections.
     app.connect("autodoc-process-docstring", to_rest, priority=400)

@@ -12,7 +12,6 @@ References:
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from qjax.core.plain_json import read_json
 from qjax.core.typing import Array, Float, Int, Params, UInt8
 from qjax.models.clip_vision import (
     CLIPVisionConfig,
@@ -78,7 +78,7 @@ def load_clip(folder: Path | str) -> CLIPScorer:
     if (folder / PICKLE).is_file() and not list(folder.glob(f"{STEM}*.safetensors")):
         tensors: Mapping[str, Any] = read_weights(folder / PICKLE).tensors
         files: tuple[Path, ...] = (folder / PICKLE,)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: Mapping[str, Any] = read_json(folder / "config.json")
     else:
         checkpoint = load_checkpoint(folder, stem=STEM)
         tensors, files, config = checkpoint, checkpoint.files, checkpoint.config
@@ -86,16 +86,8 @@ def load_clip(folder: Path | str) -> CLIPScorer:
         raise ValueError(
             f"{folder} must hold a CLIPModel, model_type 'clip'; got {config.get('model_type')!r}."
         )
-    _check_processor(folder)
-    width = config.get("projection_dim", 512)
-    vision = CLIPVisionConfig.from_transformers(config.get("vision_config") or {}, width)
-    text = CLIPTextConfig.from_transformers(
-        {
-            **(config.get("text_config") or {}),
-            "architectures": ["CLIPTextModelWithProjection"],
-            "projection_dim": width,
-        }
-    )
+    vision, text = _towers(config)
+    _check_processor(folder, vision.image_size)
     params = convert(
         tensors,
         checkpoint_keys(vision) | clip_keys.checkpoint_keys(text),
@@ -114,15 +106,40 @@ def load_clip(folder: Path | str) -> CLIPScorer:
     )
 
 
-def _check_processor(folder: Path) -> None:
-    """That the folder's image processor, if it has one, is CLIP's."""
+def _towers(config: Mapping[str, Any]) -> tuple[CLIPVisionConfig, CLIPTextConfig]:
+    """The configs of both towers in that of a `CLIPModel`."""
+    width, of_text = config.get("projection_dim", 512), config.get("text_config") or {}
+    if not isinstance(of_text, Mapping):
+        raise ValueError(f"text_config must be a mapping; got {of_text!r:.80}.")
+    named = {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
+    return (
+        CLIPVisionConfig.from_transformers(config.get("vision_config") or {}, width),
+        CLIPTextConfig.from_transformers({**of_text, **named}),
+    )
+
+
+def _check_processor(folder: Path, side: int) -> None:
+    """That the folder's image processor, if it has one, does what `prepared` does."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return
-    said = json.loads(path.read_text(encoding="utf-8"))
-    ours = {"image_mean": list(MEAN), "image_std": list(STD), "resample": BICUBIC}
-    if wrong := [f"{key}={said[key]!r}" for key in ours if key in said and said[key] != ours[key]]:
-        raise ValueError(f"{path} asks for {', '.join(wrong)}; only CLIP's own {ours} is known.")
+    said = read_json(path)
+    # Each has several spellings.
+    ours: dict[str, tuple[Any, ...]] = {
+        "image_mean": (list(MEAN),),
+        "image_std": (list(STD),),
+        "resample": (BICUBIC,),
+        "size": (side, {"shortest_edge": side}),
+        "crop_size": (side, {"height": side, "width": side}),
+        **{f"do_{what}": (True,) for what in ("resize", "center_crop", "rescale", "normalize")},
+    }
+    wrong = [key for key in ours if said.get(key) is not None and said[key] not in ours[key]]
+    if wrong:
+        raise ValueError(
+            f"{path} asks for {', '.join(f'{key}={said[key]!r}' for key in wrong)}; only CLIP's own "
+            f"{', '.join(f'{key}={ours[key][0]!r}' for key in wrong)} is known. Take another CLIP "
+            "model."
+        )
 
 
 def prepared(images: UInt8[np.ndarray, "b h w c"], side: int) -> Float[np.ndarray, "b s s 3"]:

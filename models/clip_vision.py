@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from qjax.core.layers import Conv, Dense
 from qjax.core.typing import Array, Float
+from qjax.models.config_values import value_problems
 from qjax.models.convert import Target, same
 from qjax.models.text_encoders.clip import Encoder, LayerNorm
 from qjax.models.text_encoders.clip_config import ACTIVATIONS
@@ -27,6 +28,7 @@ from qjax.models.unet2d_keys import keys_of_params
 
 __all__ = ["CLIPVisionConfig", "CLIPVisionModelWithProjection", "checkpoint_keys"]
 
+MOST_PATCHES = 2**16  # ViT-L/14 at 336 pixels has 576
 CLASS_TOKEN = ("vision_model", "embeddings", "class_embedding")
 
 
@@ -57,19 +59,18 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        sizes = [
-            f"{field.name}={value!r}"
-            for field in dataclasses.fields(self)
-            if field.type in (int, "int")
-            and (not isinstance(value := getattr(self, field.name), int) or value < 1)
-        ]
-        if sizes:
-            raise ValueError(f"sizes must be positive integers; got {', '.join(sizes)}.")
+        if wrong := value_problems(type(self), dataclasses.asdict(self)):
+            raise ValueError(f"a CLIP vision tower cannot have {'; '.join(wrong)}.")
         if self.hidden_size % self.num_attention_heads or self.image_size < self.patch_size:
             raise ValueError(
                 "num_attention_heads must divide hidden_size, and a patch fit into a picture; got "
                 f"{self.num_attention_heads} and {self.hidden_size}, {self.patch_size} and "
                 f"{self.image_size}."
+            )
+        if (self.image_size // self.patch_size) ** 2 > MOST_PATCHES:
+            raise ValueError(
+                f"a picture may have {MOST_PATCHES:,} patches; got image_size={self.image_size}, "
+                f"patch_size={self.patch_size}."
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
@@ -85,6 +86,8 @@ class CLIPVisionConfig:
         Raises:
           ValueError: If a setting has a value that this port does not follow.
         """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"vision_config must be a mapping; got {config!r:.80}.")
         names = {field.name for field in dataclasses.fields(cls)}
         if config.get("num_channels", 3) != 3:
             raise ValueError(f"num_channels must be 3; got {config['num_channels']!r}.")

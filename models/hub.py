@@ -1,7 +1,9 @@
 """The Hugging Face hub: downloading what can be read here, uploading a save.
 
 Only JSON, safetensors and the text files of tokenizers are ever fetched. Which of a repository's
-two layouts it has, that of diffusers or that of `saving.py`, is looked at before any weight is.
+two layouts it has, that of diffusers or that of `saving.py`, is looked at before any weight is; and of
+the former the weights that loading reads, not their copies in other precisions, for other programs,
+or of networks that are not read.
 """
 
 import re
@@ -10,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qjax.core.manifest import MANIFEST
+from qjax.core.plain_json import read_json
+from qjax.models.checkpoints import STEM
+from qjax.models.components import weights_stem
+from qjax.models.loading_sides import IGNORED, named_components
 from qjax.models.model_card import CARD, HUB_ID, Report
 from qjax.models.saving import save_pipeline
 
@@ -21,7 +27,8 @@ INDEX = "model_index.json"
 # No pickle has one of these endings: `*.bin`, `*.ckpt`, `*.pt`, `*.pkl` and `*.msgpack` stay there.
 # `*` stands for folders, too: `unet/config.json`.
 CONFIGS = ("*.json",)
-WEIGHTS = (*CONFIGS, "*.safetensors", "tokenizer*/*.txt", CARD)
+TEXTS = ("tokenizer*/*.txt", CARD)
+WEIGHTS = "*.safetensors"
 
 
 def split_revision(name: str) -> tuple[str, str | None] | None:
@@ -32,10 +39,24 @@ def split_revision(name: str) -> tuple[str, str | None] | None:
     return repository, revision or None
 
 
+def check_id(repository: str) -> None:
+    """Raise unless it is `owner/name`, as the hub spells ids.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise ValueError(
+            f"repository must be an id of the form owner/name, without a revision; got "
+            f"{repository!r}."
+        )
+
+
 def download(
     repository: str,
     *,
     weights: bool = True,
+    variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Path:
@@ -44,6 +65,8 @@ def download(
     Args:
       repository: `owner/name`.
       weights: Whether weights are wanted; else the configs alone.
+      variant: Which weights, as `load_pipeline` has it: None for the plain ones, and where there
+        are none for those in fp16.
       revision: Branch, tag or commit; None for the main branch.
       token: As huggingface_hub has it: None for the one of `hf auth login`, False for none.
 
@@ -75,7 +98,33 @@ def download(
         return folder
     # The commit that was looked at: the branch may have moved on.
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
-    return snapshot(WEIGHTS, commit)
+    if (folder / MANIFEST).is_file():
+        return snapshot((*CONFIGS, *TEXTS, WEIGHTS), commit)
+    wanted = _weights_read(folder, variant)
+    folder = snapshot((*CONFIGS, *TEXTS, *sum(wanted.values(), ())), commit)
+    if variant is None:
+        there = lambda patterns: any(list(folder.glob(pattern)) for pattern in patterns)
+        half = _weights_read(folder, "fp16")
+        lacking = [half[part] for part, patterns in wanted.items() if not there(patterns)]
+        if lacking:
+            return snapshot((*CONFIGS, *TEXTS, *sum(lacking, ())), commit)
+    return folder
+
+
+def _weights_read(folder: Path, variant: str | None) -> dict[str, tuple[str, ...]]:
+    """Patterns of the weights that loading reads of a variant, by component."""
+    mark = "" if variant is None else f".{variant}"
+    # Shards have been named in two ways.
+    names = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
+    files = lambda start: tuple(dict.fromkeys(f"{start}{name}" for name in names))
+    components = named_components(read_json(folder / INDEX))
+    found = {
+        name: files(f"{name}/{weights_stem(class_name)}")
+        for name, (_, class_name) in components.items()
+        if (folder / name / "config.json").is_file() and not name.startswith(IGNORED)
+    }
+    # Older repositories keep the one network beside the index.
+    return found | ({"": files(STEM)} if (folder / "config.json").is_file() else {})
 
 
 def push(
@@ -110,8 +159,7 @@ def push(
     """
     import huggingface_hub
 
-    if not HUB_ID.fullmatch(repository):
-        raise ValueError(f"repository must be an id of the form owner/name; got {repository!r}.")
+    check_id(repository)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         save_pipeline(pipe, folder, report=report, card=card, place=repository)

@@ -4,10 +4,10 @@ A repository of the hub says it at the head of its README.md, between two lines 
 of the zoo in `zoo.json`. It is a note for the model card: what cannot be read is no licence.
 """
 
-import json
 import re
 from pathlib import Path
 
+from qjax.core.plain_json import read_json
 from qjax.core.plain_yaml import read_yaml
 
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{1,63}")
@@ -45,7 +45,6 @@ def _of_zoo(path: Path) -> object:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path).get("license")
     except ValueError:
         return None
-    return data.get("license") if isinstance(data, dict) else None

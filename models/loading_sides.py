@@ -30,7 +30,7 @@ OnTensor = Callable[[str, int, int], None]
 ZERO_EMPTY = "force_zeros_for_empty_prompt"
 
 # Of no use for sampling: a filter for pictures, and what prepares pictures for it.
-_IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class Sides(NamedTuple):
@@ -112,7 +112,7 @@ def load_sides(
             classes = component.model.config.num_classes
             fields["conditioner"] = ClassConditioner(component=component)
             fields |= {"null_label": classes, "num_labels": classes}
-        elif not name.startswith(("tokenizer", *_IGNORED)):
+        elif not name.startswith(("tokenizer", *IGNORED)):
             left.append(name)
     if towers:
         zeros = bool(index.get(ZERO_EMPTY, False))

@@ -271,10 +271,10 @@ def _measured(report: Report | None) -> str:
         sentence,
         "| | |",
         "|---|---|",
-        f"| PSNR, mean | {np.mean(variant.psnr):.2f} dB |",
+        f"| PSNR, mean | {_mean(variant.psnr, '.2f', ' dB')} |",
     ]
     if variant.ssim is not None:
-        lines.append(f"| SSIM, mean | {np.mean(variant.ssim):.4f} |")
+        lines.append(f"| SSIM, mean | {_mean(variant.ssim, '.4f')} |")
     lines.append(f"| relative error of the last step | {variant.error_per_step[-1]:.4f} |")
     for distance in variant.distances:
         own = "" if distance.value_float is None else f", float model's {distance.value_float:.3f}"
@@ -292,6 +292,18 @@ def _measured(report: Report | None) -> str:
         share = 1 / variant.timing.speedup
         lines.append(f"| time of a step over the float model's | {share:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _mean(values: np.ndarray, form: str, unit: str = "") -> str:
+    """The mean of what is finite, and how many pictures are not: equal to the bit, or broken."""
+    finite = values[np.isfinite(values)]
+    words = [f"{np.mean(finite):{form}}{unit}"] if finite.size else []
+    equal, broken = int(np.isposinf(values).sum()), int(np.isnan(values).sum())
+    if equal:
+        words.append(f"{equal} of {len(values)} pictures equal to the last bit")
+    if broken:
+        words.append(f"{broken} of {len(values)} pictures broken, with values that are no numbers")
+    return "; ".join(words)
 
 
 def _plain(text: str) -> str:

@@ -48,18 +48,22 @@ def load(
       ValueError: If what there is cannot be read in full.
     """
     config = None if quantize is None else quant_config(quantize)
-    folder, name = locate(model, revision=revision)
+    folder, name = locate(model, revision=revision, variant=options.get("variant"))
     pipe = load_pipeline(folder, quantize=config, name=name, **options)
     return pipe if quantize is None else pipe.replace(recipe=data_free_name(quantize))
 
 
 def locate(
-    model: str | Path, *, weights: bool = True, revision: str | None = None
+    model: str | Path,
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> tuple[Path, str | None]:
     """The folder that `load(model)` reads, and the model's name where it is not the folder's.
 
     A repository of the hub is downloaded, or found in the cache of an earlier download; without
-    `weights` its configs alone.
+    `weights` its configs alone, and of several variants of weights the one that is read.
 
     Raises:
       FileNotFoundError: If there is nothing of that name.
@@ -86,7 +90,9 @@ def locate(
             raise ValueError(
                 f"{name} names a revision, and revision={revision!r} another; give one of them."
             )
-        return download(repository, weights=weights, revision=at or revision), repository
+        revision = at or revision
+        folder = download(repository, weights=weights, variant=variant, revision=revision)
+        return folder, repository
     near = difflib.get_close_matches(name, zoo_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise FileNotFoundError(

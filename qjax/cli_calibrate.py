@@ -1,9 +1,7 @@
 """The command that calibrates: a recipe with all its stages, resumable, its progress shown."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,13 +28,11 @@ from qjax.cli_models import (
 from qjax.cli_options import Command, Option, path, real, switch, text, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
+from qjax.loss_plot import save_losses
 from qjax.models.pipeline import Pipeline
 from qjax.noise_plot import save_noise
-from qjax.plots import line_plot, save_plot
 from qjax.report_words import stage_progress
 from qjax.search_plot import save_fronts
-
-LOSS = "loss.svg"
 
 
 def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
@@ -183,37 +179,6 @@ def _with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         for stage in old
     )
     return dataclasses.replace(recipe, stages=stages)
-
-
-def save_losses(out: Path) -> Path | None:
-    """Plot the errors of all fits that the logs of a run tell of; None if there are none."""
-    errors: dict[str, dict[int, float]] = {}
-    for log in sorted(out.glob("stage-*-parts/log.jsonl")):
-        for line in log.read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
-            if event["event"] == "fit" and "error" in event:
-                # A run that was killed has told of some iterations twice.
-                errors.setdefault(event["block"], {})[event["iteration"]] = event["error"]
-    if not errors:
-        return None
-    series = {name: _columns(found) for name, found in errors.items()}
-    # Of many blocks those that are left with most.
-    worst = sorted(series, key=lambda name: -series[name][1][-1])[:6]
-    words = "" if len(series) == len(worst) else f", the worst {len(worst)} of {len(series)}"
-    document = line_plot(
-        {name: series[name] for name in series if name in worst},
-        title=f"Error while fitting{words}",
-        x_label="iteration",
-        y_label="error relative to rounding to nearest",
-    )
-    save_plot(out / LOSS, document)
-    return out / LOSS
-
-
-def _columns(found: Mapping[int, float]) -> tuple[list[float], list[float]]:
-    """Iterations in their order, and their errors."""
-    ordered = sorted(found.items())
-    return [x for x, _ in ordered], [y for _, y in ordered]
 
 
 STEPS = Option(

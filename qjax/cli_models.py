@@ -228,6 +228,7 @@ def saved_words(
 
 def push(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """A model on the hub, as `Pipeline.save` writes it."""
+    hub.check_id(settings.repo)
     folder, _ = api.locate(settings.model)
     pipe = load_model(settings.model, output)
     # What somebody has written into the card of a save goes along.

@@ -22,43 +22,23 @@ papers on quantization call FID to float; it is the `fid` against a reference mo
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from qjax._version import __version__
 from qjax.comparison import device_words, is_zoo, model_name
-from qjax.core import metrics as core
 from qjax.core.metrics import FeatureStatistics
 from qjax.core.safetensors_io import atomic_write
-from qjax.core.typing import UInt8
 from qjax.evaluation_choice import METRICS, Choice, Given, choose
 from qjax.evaluation_data import Evaluation, NetUsed, as_dict
-from qjax.evaluation_nets import (
-    UNVERIFIED,
-    ZOO,
-    Nets,
-    inception_probe,
-    load_nets,
-    zoo_net,
-    zoo_probe,
-)
+from qjax.evaluation_measuring import Measuring, Progress, measure
+from qjax.evaluation_nets import ZOO, Nets, load_nets, zoo_net
 from qjax.evaluation_parts import Parts
-from qjax.evaluation_pictures import (
-    Folder,
-    batches,
-    draw,
-    fingerprint,
-    folder_of,
-    read_statistics,
-)
-from qjax.evaluation_scores import Against, Scoring, draws_of, scores
-from qjax.models import lpips as perceptual
-from qjax.models.clip_score import clip_scores
+from qjax.evaluation_pictures import Folder, fingerprint, folder_of, read_statistics
+from qjax.evaluation_scores import Against, Scoring, draws_of_sets, scores
+from qjax.models import inception as inception_net
 from qjax.models.pipeline import Pipeline
 from qjax.models.weight_files import file_sha256
 from qjax.report_layers import how_quantized
@@ -71,9 +51,6 @@ RESULT = "evaluation.json"
 REAL = "the real test set"
 ZOO_SHAPE = (32, 32, 1)
 PACKAGES = ("jax", "flax", "numpy", "scipy")
-_WIDTHS = {"pool": 2048, "spatial": 2023}
-
-Progress = Callable[[int, int, str], None]
 
 
 def evaluate(
@@ -122,8 +99,9 @@ def evaluate(
       batch_size: Most pictures at a time, `part_size` at most; what is drawn does not depend
         on it.
       part_size: Pictures of which a run that is killed may lose the work.
-      resamples: Of the intervals of sets of pictures. None: 200, for features of more than 256
-        numbers 20, because a Frechet distance of such takes seconds; 0 for no such intervals.
+      resamples: Of the intervals of sets of pictures. None: 200, for `fid` and `sfid` 20, because
+        a Frechet distance of features as wide as Inception's takes seconds; 0 for no such
+        intervals.
       out: Folder that keeps what was measured; the same run goes on there, and
         `evaluation.json` is the result. None keeps nothing.
       names: What to call model and reference.
@@ -134,8 +112,9 @@ def evaluate(
 
     Raises:
       ValueError: If a metric that was asked for cannot be computed, all of them named; if the two
-        models draw pictures of different sizes; if labels, prompts and numbers do not suit;
-        if `out` belongs to another run. Nothing has been drawn then.
+        models draw pictures of different sizes, or one of them reads prompts and the other does
+        not; if labels, prompts and numbers do not suit; if `out` belongs to another run. Nothing
+        has been drawn then, and nothing written.
       FileNotFoundError: If a file or folder is missing.
     """
     if batch_size < 1 or part_size < 1 or resamples == 1 or (resamples or 0) < 0:
@@ -168,7 +147,7 @@ def evaluate(
         "part_size": part_size,
     }
     parts = Parts(None if out is None else Path(out), claim | settings)
-    measuring = _Measuring(
+    measuring = Measuring(
         pipes={"a": pipe} | ({} if reference is None else {"b": reference}),
         choice=choice,
         nets=nets,
@@ -176,27 +155,25 @@ def evaluate(
         batch_size=min(batch_size, part_size, n),
         part_size=part_size,
     )
-    _measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
-    own, other = names or _names(pipe, reference)
+    measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
+    own, other = _names(names, pipe, reference)
+    scoring = Scoring(
+        model=own,
+        reference=other,
+        sets=_sets(choice, other, pictures),
+        choice=choice,
+        resamples=resamples,
+    )
     evaluation = Evaluation(
         model=own,
-        reference=None if reference is None else other,
+        reference=other,
         images=None if images is None else str(images),
-        scores=scores(
-            parts,
-            Scoring(
-                model=own,
-                reference=None if reference is None else other,
-                sets=_sets(choice, reference, other, pictures),
-                choice=choice,
-                resamples=resamples,
-            ),
-        ),
+        scores=scores(parts, scoring),
         left_out=choice.left_out,
         num_images=n,
         told=_told(labels, prompts),
         nets=used,
-        resamples={m: draws_of(resamples, _WIDTHS.get(k, 0)) for m, k in choice.keys.items()},
+        resamples=draws_of_sets(scoring),
         device=device_words(),
         versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
         **settings,
@@ -243,6 +220,12 @@ def _check_models(pipe: Pipeline, reference: Pipeline | None) -> None:
             "two models can be held against each other if their samples have one shape; got "
             f"{pipe.shape} and {reference.shape}."
         )
+    if reference is not None and reference.reads_prompts != pipe.reads_prompts:
+        prompted, other = ("model", "reference") if pipe.reads_prompts else ("reference", "model")
+        raise ValueError(
+            "two models can be held against each other if they are told the same; the "
+            f"{prompted} reads prompts, the {other} labels."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +244,13 @@ def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
     path = Path(images)
     if path.suffix == ".npz":
         statistics = read_statistics(path)
+        widths = {"pool": inception_net.POOL_FEATURES, "spatial": inception_net.SPATIAL_FEATURES}
+        for key, of_key in statistics.items():
+            if len(of_key.mean) != widths[key]:
+                raise ValueError(
+                    f"{path} must hold statistics of Inception's {widths[key]} features; its mean "
+                    f"has {len(of_key.mean)} numbers. Take them from the layer that FID is of."
+                )
         return _Pictures(name=path.name, statistics=statistics, digest=file_sha256(path)[:16])
     folder = folder_of(path, grey=pipe.image_shape[-1] == 1)
     size = folder.read([0]).shape[1:]
@@ -269,7 +259,10 @@ def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
             f"the classifier of the shipped models sees pictures of 32 x 32; those in {path} are "
             f"{size[1]} x {size[0]}. Shrink them."
         )
-    return _Pictures(name=path.name or str(path), folder=folder, digest=folder.digest())
+    name = path.name or str(path)
+    if size != pipe.image_shape:
+        name += f", {size[1]} x {size[0]}"  # Inception sees both enlarged or shrunk to one size
+    return _Pictures(name=name, folder=folder, digest=folder.digest())
 
 
 def _choose(
@@ -281,20 +274,20 @@ def _choose(
     prompts: Sequence[str] | None,
     n: int,
 ) -> Choice:
-    inception, clip = nets.named("Inception"), nets.named("CLIP")
+    net, clip = nets.named("Inception"), nets.named("CLIP")
     given = Given(
         image_shape=pipe.image_shape,
         num_images=n,
         zoo=is_zoo(pipe),
         reference=reference is not None,
-        folder=pictures.folder is not None,
+        folder=0 if pictures.folder is None else len(pictures.folder.files),
         statistics=tuple(pictures.statistics or ()),
         prompts=prompts is not None,
-        inception=None if inception is None else inception.name,
+        inception=None if net is None else net.name,
         lpips=tuple(nets.lpips),
         clip=None if clip is None else clip.name,
     )
-    verified = inception is not None and inception.name != UNVERIFIED
+    verified = net is not None and net.verified is True
     return choose(asked, given, verified=verified, zoo_net=ZOO)
 
 
@@ -305,12 +298,10 @@ def _used(choice: Choice, nets: Nets) -> tuple[NetUsed, ...]:
     return tuple(zoo_net() if name == ZOO else known[name] for name in wanted)
 
 
-def _sets(
-    choice: Choice, reference: Pipeline | None, name: str, pictures: _Pictures
-) -> tuple[Against, ...]:
+def _sets(choice: Choice, reference: str | None, pictures: _Pictures) -> tuple[Against, ...]:
     sets = []
     if reference is not None:
-        sets.append(Against(name=name, side="b", paired=True))
+        sets.append(Against(name=reference, side="b", paired=True))
     if pictures.folder is not None:
         sets.append(Against(name=pictures.name, side="r"))
     if pictures.statistics is not None:
@@ -320,104 +311,14 @@ def _sets(
     return tuple(sets)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Measuring:
-    """What is drawn, and what looks at it."""
-
-    pipes: Mapping[str, Pipeline]
-    choice: Choice
-    nets: Nets
-    settings: Mapping[str, Any]
-    batch_size: int
-    part_size: int
-
-    def looks(self, images: UInt8[np.ndarray, "b h w c"]) -> dict[str, np.ndarray]:
-        """The features of some pictures."""
-        keys = set(self.choice.keys.values())
-        found: dict[str, np.ndarray] = {}
-        if keys & {"pool", "spatial", "logits"}:
-            probe = inception_probe(
-                self.nets.inception or {}, spatial="spatial" in keys, logits="logits" in keys
-            )
-            found |= probe(images)
-        if "zoo" in keys:
-            found |= zoo_probe(images)
-        return found
-
-    def pairs(self, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-        """The metrics of pairs of pictures."""
-        wanted = self.choice.metrics
-        found: dict[str, np.ndarray] = {}
-        if "psnr" in wanted:
-            found["psnr"] = core.psnr(x, y, data_range=255)
-        if "ssim" in wanted:
-            found["ssim"] = core.ssim(x, y, data_range=255)
-        a, b = (jnp.asarray(images, jnp.float32) / 255 for images in (x, y))
-        for net, params in self.nets.lpips.items():
-            if f"lpips-{net}" in wanted:
-                distances = perceptual.lpips(net, params, a, b)
-                found[f"lpips-{net}"] = np.asarray(distances, np.float64)
-        return found
-
-    def batch(self, numbers: Sequence[int], count: int) -> dict[str, np.ndarray]:
-        """What is kept of the pictures of these numbers, of which `count` are no repetitions."""
-        drawn = {side: draw(pipe, numbers, **self.settings) for side, pipe in self.pipes.items()}
-        kept: dict[str, np.ndarray] = {}
-        for side, images in drawn.items():
-            kept |= {f"{side}/{key}": rows for key, rows in self.looks(images).items()}
-            if "clip" in self.choice.metrics and self.nets.clip is not None:
-                texts = self.settings["prompts"]
-                said = [texts[i % len(texts)] for i in numbers]
-                found = clip_scores(self.nets.clip, images, said)
-                kept[f"{side}/clip"] = np.asarray(found, np.float64)
-        if "b" in drawn:
-            kept |= self.pairs(drawn["a"], drawn["b"])
-        return {key: rows[:count] for key, rows in kept.items()}
-
-
-def _measure(
-    parts: Parts, measuring: _Measuring, n: int, folder: Folder | None, tell: Progress
-) -> None:
-    """Have all parts: of the models' pictures, and of the folder's."""
-    of_folder = 0 if folder is None else len(folder.files)
-    size, step, total = measuring.part_size, measuring.batch_size, n + of_folder
-    for begin in range(0, n, size):
-        end = min(begin + size, n)
-
-        def make(begin: int = begin, end: int = end) -> dict[str, np.ndarray]:
-            rows = []
-            for numbers, count in batches(begin, end, step):
-                tell(numbers[0], total, f"picture {numbers[0]:,} of {n:,}")
-                rows.append(measuring.batch(numbers, count))
-            return _joined(rows)
-
-        parts.part(f"pictures-{begin:08d}", end - begin, make)
-    for begin in range(0, of_folder, size):
-        end = min(begin + size, of_folder)
-
-        def look(begin: int = begin, end: int = end) -> dict[str, np.ndarray]:
-            assert folder is not None
-            rows = []
-            for numbers, count in batches(begin, end, step):
-                tell(n + numbers[0], total, f"file {numbers[0]:,} of {of_folder:,}")
-                found = measuring.looks(folder.read(numbers))
-                rows.append({f"r/{key}": value[:count] for key, value in found.items()})
-            return _joined(rows)
-
-        parts.part(f"images-{begin:08d}", end - begin, look)
-    tell(total, total, "scores")
-
-
-def _joined(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-
-
-def _names(pipe: Pipeline, reference: Pipeline | None) -> tuple[str, str]:
-    """What to call two models, which may be one model, float and quantized."""
-    named = [_full_name(one) for one in (pipe, pipe if reference is None else reference)]
-    if reference is not None and named[0] == named[1]:
-        named[1] += ", the reference"
-    return named[0], named[1]
+def _names(
+    given: tuple[str, str] | None, pipe: Pipeline, reference: Pipeline | None
+) -> tuple[str, str | None]:
+    """What to call two models, which may be one model, float and quantized: never the same."""
+    if reference is None:
+        return (_full_name(pipe) if given is None else given[0]), None
+    own, other = given or (_full_name(pipe), _full_name(reference))
+    return own, f"{other}, the reference" if own == other else other
 
 
 def _full_name(pipe: Pipeline) -> str:

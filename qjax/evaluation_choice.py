@@ -43,7 +43,7 @@ class Given:
       num_images: How many.
       zoo: Whether the classifier of the shipped models can look at them.
       reference: Whether there is a reference model.
-      folder: Whether there is a folder of pictures.
+      folder: How many pictures there are in a folder; 0 without one.
       statistics: Of what there are statistics of pictures.
       prompts: Whether the pictures have texts.
       inception: Name of the Inception network; None without.
@@ -55,7 +55,7 @@ class Given:
     num_images: int
     zoo: bool
     reference: bool
-    folder: bool
+    folder: int
     statistics: tuple[str, ...] = ()
     prompts: bool = False
     inception: str | None = None
@@ -148,8 +148,9 @@ def _lacks(metric: str, given: Given) -> str | None:
         return NEEDS_INCEPTION
     if not (given.reference or given.folder):
         return NEEDS_ROWS
-    if metric == "pr" and given.num_images <= K:
-        return f"needs more than {K} pictures"
+    sets = [given.num_images, *([given.folder] if given.folder else [])]
+    if metric == "pr" and min(sets) <= K:
+        return f"needs more than {K} pictures of each set; there are {' and '.join(map(str, sets))}"
     return None
 
 

@@ -89,7 +89,8 @@ class Evaluation:
       eta: Share of fresh noise.
       told: What was drawn, in words: which labels or prompts.
       nets: The networks that looked at the pictures.
-      resamples: Of the intervals of sets of pictures, by metric.
+      resamples: Of the intervals of sets of pictures, by metric; of means of one number a picture
+        there are 10,000.
       device: What it ran on.
       versions: Of the packages, by name.
     """

@@ -177,7 +177,7 @@ def lpips_params(
         if len(have) == 1:
             (other,) = {"backbone", "heads"} - have.keys()
             raise ValueError(
-                f"LPIPS with {net!r} needs a file of its {other}, too; got {have.keys()}."
+                f"LPIPS with {net!r} needs a file of its {other}, too; got {', '.join(have)} alone."
             )
         if have:
             files = dict(have.values())

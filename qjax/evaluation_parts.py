@@ -6,7 +6,8 @@ was killed goes on at the part it was in and ends with the same numbers. Two job
 one folder at once do each other no harm, but each draws what it does not find: their parts are
 equal.
 
-`run.json` says whose run the folder is; another run is refused, and the differences named.
+`run.json` says whose run the folder is; another run is refused, and the differences named. It comes
+with the first part, so that a run whose settings turn out to be wrong leaves nothing.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 
 __all__ = ["Parts"]
@@ -39,8 +41,9 @@ class Parts:
         self.folder = folder
         self._names: list[str] = []
         self._kept: dict[str, Arrays] = {}
+        self._claim: dict[str, Any] = json.loads(json.dumps(claim))
         if folder is not None:
-            self._claim(folder, json.loads(json.dumps(claim)))
+            self._is_ours(folder)
 
     def part(self, name: str, rows: int, make: Callable[[], Mapping[str, np.ndarray]]) -> bool:
         """Have the part, made now or in an earlier run; whether it was made now.
@@ -51,7 +54,8 @@ class Parts:
           make: Measures them.
 
         Raises:
-          ValueError: If a file of an earlier run is damaged.
+          ValueError: If a file of an earlier run is damaged, or another run has taken the folder
+            in the meantime.
         """
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         if path is None or not path.exists():
@@ -59,6 +63,7 @@ class Parts:
             if path is None:
                 self._kept[name] = arrays
             else:
+                self._take(path.parent)
                 write_tensors(path, arrays)
             self._names.append(name)
             return True
@@ -90,19 +95,27 @@ class Parts:
             raise KeyError(f"no part holds {key!r}.")
         return np.concatenate(found)
 
-    def _claim(self, folder: Path, mine: Mapping[str, Any]) -> None:
-        path = folder / RUN
+    def _take(self, folder: Path) -> None:
+        """Say that the folder is this run's, if it does not yet."""
+        if self._is_ours(folder):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / RUN) as file:
+            file.write((json.dumps(self._claim, indent=1) + "\n").encode())
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether the folder says that it is this run's; an error if it is another's."""
+        path, mine = folder / RUN, self._claim
         if not path.exists():
             if folder.exists() and (not folder.is_dir() or _visible(folder)):
                 raise ValueError(f"{folder} is no empty folder, and no evaluation. Use another.")
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                file.write((json.dumps(mine, indent=1) + "\n").encode())
-            return
+            return False
         try:
-            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError):
-            raise ValueError(f"{path} is not what a run has written. Use another folder.") from None
+            theirs = read_json(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} It is not what a run has written; use another folder."
+            ) from None
         keys = sorted(mine.keys() | theirs.keys())
         if wrong := [key for key in keys if theirs.get(key) != mine.get(key)]:
             raise ValueError(
@@ -112,6 +125,7 @@ class Parts:
                 )
                 + ". Use another folder."
             )
+        return True
 
 
 def _visible(folder: Path) -> bool:

@@ -1,6 +1,8 @@
 """Pictures to measure, a batch at a time: drawn by a model, or read from a folder."""
 
+import contextlib
 import hashlib
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from PIL import Image
 from qjax.core.metrics import FeatureStatistics
 from qjax.core.serialize import params_digest
 from qjax.core.typing import Float, UInt8
+from qjax.models.network_digest import network_digest
 from qjax.models.pipeline import Pipeline
+from qjax.models.weight_files import file_sha256
 
 __all__ = [
     "Folder",
@@ -86,14 +90,15 @@ def draw(
 def fingerprint(pipe: Pipeline) -> str:
     """A hash of all that decides what a pipeline draws: equal models, equal pictures."""
     parts = [params_digest(pipe.params), repr(pipe.sampler), repr(pipe.quant), str(pipe.shape)]
-    parts += [getattr(pipe.apply, "__qualname__", ""), repr(pipe.source and pipe.source.config)]
+    # A function of the user's own has no name that says what it computes.
+    parts.append(network_digest(pipe) if pipe.source is None else repr(pipe.source.config))
     parts += [str(pipe.guidance_channels), str(pipe.null_label), str(pipe.buckets)]
-    trees: list[Any] = [None if pipe.step_table is None else pipe.step_table.entries]
-    if pipe.decoder is not None:
-        trees.append(pipe.decoder.component.params)
     towers = getattr(pipe.conditioner, "towers", ())
-    trees += [tower.component.params for tower in towers]
-    trees.append(getattr(getattr(pipe.conditioner, "component", None), "params", None))
+    owners = (pipe.decoder, pipe.conditioner, *towers)
+    sides = [one.component for one in owners if hasattr(one, "component")]
+    parts += [repr(dict(side.config)) for side in sides]
+    trees: list[Any] = [None if pipe.step_table is None else pipe.step_table.entries]
+    trees += [side.params for side in sides]
     digest = hashlib.sha256("\n".join(parts).encode())
     for leaf in jax.tree.leaves(trees):
         array = np.asarray(leaf)
@@ -120,14 +125,26 @@ class Folder:
         return np.stack([self._read(self.files[i]) for i in numbers])
 
     def _read(self, file: Path) -> np.ndarray:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             pixels = np.asarray(image.convert("L" if self.grey else "RGB"))
         return pixels[..., None] if self.grey else pixels
 
     def digest(self) -> str:
-        """A hash of names and lengths of the files."""
-        lines = (f"{file.relative_to(self.path)} {file.stat().st_size}\n" for file in self.files)
+        """A hash of names and contents of the files."""
+        lines = (f"{file.relative_to(self.path)} {file_sha256(file)}\n" for file in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """A picture; what is wrong with it is an error that names the file."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a picture ({error}). Remove it, or get it again."
+        ) from None
 
 
 def folder_of(path: Path, *, grey: bool) -> Folder:
@@ -135,7 +152,8 @@ def folder_of(path: Path, *, grey: bool) -> Folder:
 
     Raises:
       FileNotFoundError: If there is no such folder.
-      ValueError: If it holds fewer than two pictures, or pictures of several sizes.
+      ValueError: If it holds fewer than two pictures, pictures of several sizes, or a file that
+        is called a picture and is none.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"images must be a folder of pictures or a .npz; got {path}.")
@@ -144,7 +162,7 @@ def folder_of(path: Path, *, grey: bool) -> Folder:
         raise ValueError(f"{path} must hold two pictures at least; it holds {len(files)}.")
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             sizes.setdefault(image.size, file)
     if len(sizes) > 1:
         (a, file_a), (b, file_b) = list(sizes.items())[:2]
@@ -166,15 +184,24 @@ def read_statistics(path: Path) -> dict[str, FeatureStatistics]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of statistics {path}.")
-    with np.load(path) as arrays:
-        names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-        found = {
-            key: FeatureStatistics(
-                mean=arrays[mu].astype(np.float64), cov=arrays[sigma].astype(np.float64)
-            )
-            for key, (mu, sigma) in names.items()
-            if mu in arrays.files and sigma in arrays.files
-        }
-        if "pool" not in found:
-            raise ValueError(f"{path} must hold mu and sigma; it holds {', '.join(arrays.files)}.")
-    return found
+    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    try:
+        if not zipfile.is_zipfile(path):  # NumPy would take it for an array, or a pickle
+            raise ValueError("it is no .npz")
+        # Opened here: NumPy leaves a broken one open.
+        with open(path, "rb") as file, np.load(file) as arrays:
+            if missing := {"mu", "sigma"} - set(arrays.files):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            return {
+                key: FeatureStatistics(
+                    mean=arrays[mu].astype(np.float64), cov=arrays[sigma].astype(np.float64)
+                )
+                for key, (mu, sigma) in names.items()
+                if mu in arrays.files and sigma in arrays.files
+            }
+    # Of a broken file zipfile and NumPy raise a dozen kinds.
+    except Exception as error:  # noqa: BLE001
+        raise ValueError(
+            f"{path} must hold statistics of pictures, the arrays mu and sigma: "
+            f"{str(error) or type(error).__name__}."
+        ) from None

@@ -14,10 +14,11 @@ from qjax.evaluation_choice import Choice
 from qjax.evaluation_data import Score
 from qjax.evaluation_parts import Parts
 
-__all__ = ["Against", "Scoring", "draws_of", "scores"]
+__all__ = ["Against", "Scoring", "draws_of_sets", "scores"]
 
 LEVEL = 0.95
-RESAMPLES_NARROW, RESAMPLES_WIDE, NARROW = 200, 20, 256
+# Of the metrics of sets; a Frechet distance of features as wide as Inception's takes seconds.
+RESAMPLES = {"fid": 20, "sfid": 20, "is": 200, "kid": 200, "fd": 200}
 SPLITS = 10
 # A seed apart from that of the pictures: other pictures, the same resamples.
 SEED, SEED_OF_IMAGES = 0, 1
@@ -49,8 +50,8 @@ class Scoring:
       reference: Name of the model of side `b`; None without.
       sets: What features are held against, the reference model among them.
       choice: The metrics, what they are called and what they read.
-      resamples: Of the intervals of sets; None chooses by the width of the features, 0 leaves
-        those intervals out.
+      resamples: Of the intervals of sets; None takes those of `RESAMPLES`, 0 leaves those
+        intervals out.
     """
 
     model: str
@@ -60,11 +61,15 @@ class Scoring:
     resamples: int | None = None
 
 
-def draws_of(resamples: int | None, width: int) -> int:
-    """Resamples for features of that width: those asked for, else as many as time allows."""
-    if resamples is not None:
-        return resamples
-    return RESAMPLES_NARROW if width <= NARROW else RESAMPLES_WIDE
+def draws_of_sets(scoring: Scoring) -> dict[str, int]:
+    """Resamples behind the intervals of sets, by metric."""
+    return {
+        metric: _draws(scoring, metric) for metric in scoring.choice.metrics if metric in RESAMPLES
+    }
+
+
+def _draws(scoring: Scoring, metric: str) -> int:
+    return RESAMPLES[metric] if scoring.resamples is None else scoring.resamples
 
 
 def scores(parts: Parts, scoring: Scoring) -> tuple[Score, ...]:
@@ -95,6 +100,8 @@ def _pixels(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
     finite = values[np.isfinite(values)]
     equal = len(values) - len(finite)
     note = f"{equal} pairs are equal to the last bit and left out" if equal else ""
+    if not len(finite):
+        note = f"all {equal} pairs are equal to the last bit"
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips-alex": "LPIPS", "lpips-vgg": "LPIPS"}
     fields: dict[str, Any] = {
         "metric": names[metric],
@@ -107,8 +114,7 @@ def _pixels(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
     if not len(finite):
         yield Score(of=scoring.model, value=float("inf"), level=LEVEL, **fields)
         return
-    interval = metrics.bootstrap_interval(finite, level=LEVEL, seed=SEED)
-    yield _score(scoring.model, interval, fields)
+    yield _mean(scoring.model, finite, fields)
 
 
 def _clip(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
@@ -131,7 +137,7 @@ def _frechet(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
     key = scoring.choice.keys[metric]
     sides = [*_models(scoring), *(one.side for one in scoring.sets if one.side is not None)]
     known = {side: _statistics(parts, f"{side}/{key}") for side in dict.fromkeys(sides)}
-    n, draws = known["a"].n or 0, draws_of(scoring.resamples, len(known["a"].mean))
+    n, d, draws = known["a"].n or 0, len(known["a"].mean), _draws(scoring, metric)
     for one in scoring.sets:
         theirs = one.statistics.get(key) if one.side is None else known[one.side]
         if theirs is None:
@@ -147,7 +153,13 @@ def _frechet(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
                     y = parts.whole(f"{one.side}/{key}")
                     counts_y = _counts_of(one, counts, len(y))
                     spread[side] = resampling.frechet_resamples(x, y, counts, counts_y)
-        yield from _scores_of_sets(scoring, values, spread, _fields(scoring, metric, one, n))
+        fields = _fields(scoring, metric, one, n)
+        if (fewest := min(n, theirs.n or n)) <= d:
+            fields["note"] = (
+                f"{fewest:,} pictures are no more than the {d:,} features, so it tells more of their "
+                "number than of them: compare it at equal numbers only"
+            )
+        yield from _scores_of_sets(scoring, values, spread, fields)
 
 
 def _kernel(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
@@ -161,7 +173,7 @@ def _kernel(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Score]:
             x = parts.whole(f"{side}/{key}")
             n = len(x)
             values[side] = _kernel_value(x, y, one)
-            if draws := draws_of(scoring.resamples, 0):
+            if draws := _draws(scoring, metric):
                 counts = _counts(n, draws)
                 counts_y = _counts_of(one, counts, len(y))
                 spread[side] = resampling.kernel_resamples(
@@ -187,7 +199,7 @@ def _inception_score(parts: Parts, scoring: Scoring, metric: str) -> Iterator[Sc
         logits = parts.whole(f"{side}/logits")
         n, splits = len(logits), min(SPLITS, len(logits))
         values[side] = inception_score(logits, splits=splits).mean
-        if draws := draws_of(scoring.resamples, 0):
+        if draws := _draws(scoring, metric):
             spread[side] = resampling.inception_score_resamples(logits, _counts(n, draws))
     fields = _fields(scoring, metric, None, n)
     fields["note"] = f"mean of {splits} splits; the interval is as wide as that of one split"
@@ -205,7 +217,7 @@ def _precision_recall(parts: Parts, scoring: Scoring, metric: str) -> Iterator[S
             for side in _held_against(scoring, one)
         }
         for title, which in (("precision", "inside"), ("recall", "covered")):
-            rows = {side: getattr(both, which).astype(float) for side, both in found.items()}
+            rows = {side: getattr(both, which) for side, both in found.items()}
             fields = _fields(scoring, metric, one, 0) | {"metric": title}
             del fields["n"]
             fields["note"] = "the interval takes the balls around the pictures as given"
@@ -264,11 +276,19 @@ def _scores_of_rows(
 ) -> Iterator[Score]:
     """The mean of one number a picture for each model, and of two their paired difference."""
     for side, values in rows.items():
-        found = metrics.bootstrap_interval(values, level=LEVEL, seed=SEED)
-        yield _score(_name(scoring, side), found, {**fields, "n": len(values)})
+        yield _mean(_name(scoring, side), values, {**fields, "n": len(values)})
     if len(rows) == 2:
-        found = metrics.bootstrap_interval(rows["a"], baseline=rows["b"], level=LEVEL, seed=SEED)
-        yield _score(_difference(scoring), found, {**fields, "n": len(rows["a"])})
+        difference = np.subtract(rows["a"], rows["b"], dtype=np.float64)
+        yield _mean(_difference(scoring), difference, {**fields, "n": len(difference)})
+
+
+def _mean(of: str, values: np.ndarray, fields: Mapping[str, Any]) -> Score:
+    """The mean, or of claims the share that holds; one picture tells nothing of others."""
+    if len(values) < 2:
+        return Score(of=of, value=float(np.mean(values)), level=LEVEL, **fields)
+    if values.dtype == bool:
+        return _score(of, metrics.share_interval(values, level=LEVEL), fields)
+    return _score(of, metrics.bootstrap_interval(values, level=LEVEL, seed=SEED), fields)
 
 
 def _score(of: str, interval: Interval, fields: Mapping[str, Any]) -> Score:

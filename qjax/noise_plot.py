@@ -1,11 +1,11 @@
 """Quantization noise step by step, from the log that a noise correction leaves."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qjax.plots import line_plot, save_plot
+from qjax.run_logs import run_logs
 
 __all__ = ["noise_plot", "normality_plot", "save_noise", "slope_plot"]
 
@@ -80,8 +80,7 @@ def save_noise(out: Path) -> list[Path]:
       The files; none where no stage has corrected noise.
     """
     made = []
-    for log in sorted(out.glob("stage-*-parts/log.jsonl")):
-        events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for log, events in run_logs(out):
         # A run that was killed may have told of its steps twice.
         found = {event["step"]: event for event in events if event["event"] == "noise"}
         steps = [found[step] for step in sorted(found)]

@@ -7,7 +7,6 @@ the browser to refuse if it did. The same data gives the same bytes.
 
 import os
 
-import numpy as np
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -95,7 +94,7 @@ def table_rows(report: ComparisonReport) -> list[tuple[str, str, list[Verdict]]]
     """Name, the float model's cell and the variants' cells of every row."""
     even = lambda text: Verdict(text=text, tone="even")
     variants, times = report.variants, words.float_seconds(report)
-    ssim = [even("–" if v.ssim is None else f"{np.mean(v.ssim):.3f}") for v in variants]
+    ssim = [even(_ssim_text(v)) for v in variants]
     seconds = [
         even(words.seconds_text(v.timing.seconds_quantized) if v.timing else "–") for v in variants
     ]
@@ -128,3 +127,11 @@ def table_rows(report: ComparisonReport) -> list[tuple[str, str, list[Verdict]]]
             )
         )
     return rows
+
+
+def _ssim_text(variant: VariantResult) -> str:
+    """Mean over the pictures that are not broken; those are told of in the row above."""
+    if variant.ssim is None:
+        return "–"
+    found = words.mean_and_interval(variant.ssim)
+    return "broken" if found is None else f"{found.estimate:.3f}"

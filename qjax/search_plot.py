@@ -1,6 +1,5 @@
 """The front of a granularity search, from the log that its stage leaves: quality against cost."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import numpy as np
 
 from qjax.calibrate.evolution import front
 from qjax.plots import Points, line_plot, save_plot
+from qjax.run_logs import run_logs
 
 __all__ = ["front_plot", "front_series", "save_fronts"]
 
@@ -76,8 +76,7 @@ def save_fronts(out: Path) -> list[Path]:
       The files; none where no stage has searched.
     """
     made = []
-    for log in sorted(out.glob("stage-*-parts/log.jsonl")):
-        events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for log, events in run_logs(out):
         found = [e for e in events if e["event"] == "candidate" and e["search"] == "search"]
         for cost in UNITS if found else ():
             path = log.with_name(f"front-{cost}.svg")

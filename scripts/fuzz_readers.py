@@ -51,8 +51,11 @@ from qjax.calibrate.work import Work
 from qjax.core import manifest, plain_yaml, safetensors_io, serialize
 from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.steps import StepTable, TableKey
+from qjax.evaluation_parts import Parts
+from qjax.evaluation_pictures import read_statistics
 from qjax.kernels import tuning
 from qjax.kernels.packing import Format
+from qjax.models import clip_score
 from qjax.models.autoencoder_config import AutoencoderKLConfig, VQModelConfig
 from qjax.models.checkpoints import load_checkpoint
 from qjax.models.denoisers import build_denoiser
@@ -209,6 +212,7 @@ def targets(folder: Path) -> list[Target]:
         *_config_readers(folder),
         *_folder_readers(folder),
         *_setting_readers(folder),
+        *_evaluation_readers(folder),
     ]
     assert sum(target.share for target in found) == 1000
     return found
@@ -332,6 +336,7 @@ def _config_readers(folder: Path) -> list[Target]:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     tiny_unet = dataclasses.replace(UNet2DConfig.ddpm_cifar10(), **tiny, **blocks).to_diffusers()
     text = CLIPTextConfig(num_hidden_layers=2).to_transformers()
+    both = {"model_type": "clip", "text_config": text, "vision_config": {"image_size": 224}}
     scheduler = json.loads((ZOO / "fashion-dit/scheduler/scheduler_config.json").read_bytes())
     samplers = [scheduler, {**scheduler, "_class_name": "DPMSolverMultistepScheduler"}]
     samplers = [one for one in samplers if _reads(sampler_from_diffusers, one)]
@@ -371,8 +376,9 @@ def _config_readers(folder: Path) -> list[Target]:
         Target("config, UNet", texts(ddpm), of(UNet2DConfig.from_diffusers), 20),
         Target("config, KL", texts(autoencoder), of(AutoencoderKLConfig.from_diffusers), 15),
         Target("config, VQ", texts(vq), of(VQModelConfig.from_diffusers), 15),
-        Target("config, CLIP", texts(text), of(CLIPTextConfig.from_transformers), 20),
-        Target("config, sampler", texts(*samplers), of(sampler_from_diffusers), 30),
+        Target("config, CLIP", texts(text), of(CLIPTextConfig.from_transformers), 15),
+        Target("config, CLIP with pictures", texts(both), of(clip_score._towers), 15),
+        Target("config, sampler", texts(*samplers), of(sampler_from_diffusers), 20),
         Target("config, features", [feature], read_feature, 2),
     ]
 
@@ -526,8 +532,34 @@ def _setting_readers(folder: Path) -> list[Target]:
             "YAML", [as_yaml, b"a: [1, 2.5, yes, x]\nb: {c: null, d: 2020-01-01}\n"], read_yaml, 10
         ),
         Target("search recipe", searches, read_search, 15),
-        Target("choices of tuning", [tuned], read_tuning, 20),
-        Target("claim of a run", [json.dumps(claim).encode()], read_claim, 20),
+        Target("choices of tuning", [tuned], read_tuning, 10),
+        Target("claim of a run", [json.dumps(claim).encode()], read_claim, 10),
+    ]
+
+
+def _evaluation_readers(folder: Path) -> list[Target]:
+    """Statistics of pictures, and the claim of an evaluation."""
+    statistics, packed = folder / "statistics.npz", folder / "packed.npz"
+    found = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    np.savez(statistics, **found)
+    np.savez_compressed(packed, **found)
+    good = [statistics.read_bytes(), packed.read_bytes()]
+    evaluation = folder / "evaluation"
+    evaluation.mkdir()
+    claim = {"model": "a", "metrics": ["fd"], "nets": {"n": ["0"]}, "seed": 0, "steps": 2}
+
+    def read_claim(data: bytes) -> None:
+        _fresh(data, evaluation / recipe.RUN)
+        Parts(evaluation, claim)
+
+    return [
+        Target(
+            "statistics of pictures",
+            good,
+            lambda data: read_statistics(_fresh(data, statistics)),
+            15,
+        ),
+        Target("claim of an evaluation", [json.dumps(claim).encode()], read_claim, 5),
     ]
 
 

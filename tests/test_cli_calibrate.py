@@ -7,7 +7,10 @@ import jax
 import pytest
 
 import qjax
-from qjax import cli, cli_calibrate
+from qjax import cli, loss_plot
+from qjax.loss_plot import save_losses
+from qjax.noise_plot import save_noise
+from qjax.search_plot import save_fronts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -144,14 +147,16 @@ def test_iterations_that_a_killed_run_told_of_twice_are_drawn_once(monkeypatch, 
         {"event": "fit", "block": "b", "iteration": iteration, "error": error}
     )
     lines = [event(100, 0.9), event(200, 0.8), event(100, 0.9), event(200, 0.8), event(300, 0.7)]
+    lines.insert(2, event(300, 0.1)[:20])  # the disk was full, or the machine went
     (parts / "log.jsonl").write_text("\n".join(lines) + "\n")
 
     def draw(series, **words):
         drawn.update(series)
         return "<svg/>"
 
-    monkeypatch.setattr(cli_calibrate, "line_plot", draw)
-    assert cli_calibrate.save_losses(tmp_path) == tmp_path / "loss.svg"
+    monkeypatch.setattr(loss_plot, "line_plot", draw)
+    assert save_losses(tmp_path) == tmp_path / "loss.svg"
+    assert save_fronts(tmp_path) == save_noise(tmp_path) == []
     assert drawn == {"b": ([100, 200, 300], [0.9, 0.8, 0.7])}
     (parts / "log.jsonl").unlink()
-    assert cli_calibrate.save_losses(tmp_path) is None
+    assert save_losses(tmp_path) is None

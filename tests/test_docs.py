@@ -1,5 +1,6 @@
 """The documentation: what it links to and names exists, what it shows runs."""
 
+import ast
 import importlib
 import re
 import runpy
@@ -92,6 +93,14 @@ def test_every_method_page_maps_equations_to_functions_that_the_reference_has():
         for name in named:
             modules = {name.rsplit(".", depth)[0] for depth in range(3)}
             assert modules & reference, f"{name} is in no page of docs/api"
+
+
+@pytest.mark.parametrize(("package", "page"), [(qjax, "front"), (qjax.calibrate, "calibrate")])
+def test_the_reference_names_what_a_package_exports(package, page):
+    tree = ast.parse(Path(package.__file__).read_text())
+    found = [name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    named = set(re.findall(r"`(?:qjax\.)?(\w+)`", (DOCS / "api" / f"{page}.md").read_text()))
+    assert {name.asname for name in found if name.asname[0] != "_"} - named == set()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import qjax
-from qjax import evaluation, evaluation_nets
-from qjax.core import metrics
+from qjax import evaluation_measuring, evaluation_nets
+from qjax.core import metrics, resampling
 from qjax.core.safetensors_io import write_tensors
 from qjax.core.set_metrics import inception_score, precision_recall
 from qjax.evaluation import METRICS, evaluate
@@ -72,6 +72,8 @@ def small_inception(monkeypatch, tmp_path):
     """A file of weights, and a network of eight features that stands in for Inception."""
     monkeypatch.setattr(inception, "convert_inception", lambda tensors: dict(tensors))
     monkeypatch.setattr(inception, "inception_features", lambda params, images: looked(images))
+    monkeypatch.setattr(inception, "POOL_FEATURES", 8)
+    monkeypatch.setattr(inception, "SPATIAL_FEATURES", 7)
     file = tmp_path / "inception.safetensors"
     write_tensors(file, {"w": np.zeros(1, np.float32)})
     return file
@@ -168,7 +170,7 @@ def test_the_clip_score_of_each_model_reads_the_prompts_in_turn(monkeypatch, tmp
 
     stub = type("Scorer", (), {"sha256": "0" * 64})()
     monkeypatch.setattr(evaluation_nets, "load_clip", lambda folder: stub)
-    monkeypatch.setattr(evaluation, "clip_scores", scores)
+    monkeypatch.setattr(evaluation_measuring, "clip_scores", scores)
     a, b = prompted(model(0.5)), prompted(model())
     found = scored(a, reference=b, prompts=["x", "xxx"], clip=tmp_path, names=("a", "b"))
     values = {s.of: s for s in found.scores if s.metric == "CLIP score"}
@@ -199,12 +201,62 @@ def drawn_of(pipe):
 
 def test_equal_models_are_equal_and_nothing_is_nan(small_inception):
     found = scored(reference=model(), inception=small_inception, resamples=3)
-    assert found.score("PSNR").value == np.inf and "10 pairs are equal" in found.score("PSNR").note
+    assert found.score("PSNR").value == np.inf
+    assert found.score("PSNR").note == "all 10 pairs are equal to the last bit"
     assert found.score("SSIM").value == 1
     assert found.score("KID").value == pytest.approx(0, abs=1e-9)
     assert found.score("precision").value == found.score("recall").value == 1
     assert json.loads(json.dumps(as_dict(found)))["num_images"] == 10
     assert score_table(found).row_count == len(found.scores)
+
+
+@pytest.mark.parametrize("resamples", [None, 5, 0])
+def test_resamples_are_told_of_the_metrics_that_have_them_and_as_many_as_there_were(
+    small_inception, monkeypatch, resamples
+):
+    asked = []
+    counts = resampling.resample_counts
+    monkeypatch.setattr(
+        resampling, "resample_counts", lambda n, **s: asked.append(s["resamples"]) or counts(n, **s)
+    )
+    found = scored(
+        model(0.9),
+        reference=model(),
+        inception=small_inception,
+        metrics=["psnr", "fid", "is", "pr", "kid"],
+        resamples=resamples,
+    )
+    told = {"fid": 20, "is": 200, "kid": 200}
+    assert found.resamples == (told if resamples is None else dict.fromkeys(told, resamples))
+    assert set(asked) == set(found.resamples.values()) - {0}
+
+
+def test_few_pictures_in_many_features_are_remarked_upon(small_inception):
+    settings = {"reference": model(), "inception": small_inception, "metrics": ["fid"]}
+    few = scored(model(0.9), **settings, num_images=8, resamples=0)
+    assert "8 pictures are no more than the 8 features" in few.scores[0].note
+    assert not scored(model(0.9), **settings, num_images=9, resamples=0).scores[0].note
+
+
+def test_one_picture_has_no_interval():
+    found = scored(model(0.9), reference=model(), num_images=1)
+    assert {score.low for score in found.scores} == {None}
+
+
+def test_a_share_of_all_pictures_has_an_interval_of_some_width(small_inception):
+    found = scored(reference=model(), inception=small_inception, metrics=["pr"])
+    assert found.score("precision").value == found.score("precision").high == 1
+    assert found.score("precision").low == pytest.approx(10 / (10 + 1.959964**2))
+
+
+def test_two_models_of_one_name_are_told_apart():
+    found = scored(model(0.9), reference=model(), names=("final", "final"), metrics=["psnr"])
+    assert (found.model, found.reference) == ("final", "final, the reference")
+
+
+def test_models_that_are_told_different_things_are_not_compared():
+    with pytest.raises(ValueError, match="the reference reads prompts, the model labels"):
+        scored(reference=prompted(model()))
 
 
 # --- Batches, parts, resuming ------------------------------------------------------------
@@ -266,6 +318,26 @@ def test_the_folder_of_another_run_is_refused_by_name(tmp_path, changes, named):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"labels": [77]}, {"steps": 5000}, {"guidance_scale": 2.0}, {"prompts": ["a text"]}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_settings_that_cannot_be_drawn_with_leave_nothing_in_the_folder(tmp_path, wrong):
+    with pytest.raises(ValueError):
+        scored(reference=model(0.9), out=tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+    scored(reference=model(0.9), out=tmp_path / "run")
+
+
+def test_a_folder_that_another_run_has_taken_in_the_meantime_is_left_to_it(tmp_path):
+    mine, theirs = (Parts(tmp_path / "run", {"seed": seed}) for seed in (0, 1))
+    theirs.part("part-0", 1, lambda: {"x": np.ones(1)})
+    with pytest.raises(ValueError, match="belongs to another run: seed 1, now 0"):
+        mine.part("part-0b", 1, lambda: {"x": np.zeros(1)})
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "part-0.safetensors"}
+
+
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="no empty folder"):
@@ -294,8 +366,25 @@ def test_rows_stream_part_by_part_from_memory_and_from_the_disk(tmp_path):
 def test_a_fingerprint_is_that_of_all_that_draws():
     same, others = model(), [model(1.1), model(null_label=2)]
     others.append(dataclasses.replace(model(), sampler=DDIM(prediction_type="v_prediction")))
+    others.append(dataclasses.replace(model(), apply=_darker))
     assert fingerprint(same) == fingerprint(model())
-    assert len({fingerprint(pipe) for pipe in (same, *others)}) == 4
+    assert len({fingerprint(pipe) for pipe in (same, *others)}) == 5
+
+
+def _darker(variables, x_t, t, labels):
+    return 0.5 * _apply(variables, x_t, t, labels)
+
+
+_darker.__qualname__ = _apply.__qualname__  # as of a function that was edited between two runs
+
+
+def test_a_fingerprint_is_also_of_what_stands_beside_the_denoiser():
+    pipe = qjax.load("fashion-ldm")
+    component = pipe.decoder.component
+    scaled = {**component.config, "scaling_factor": 0.5}
+    other = dataclasses.replace(component, config=scaled)
+    changed = pipe.replace(decoder=dataclasses.replace(pipe.decoder, component=other))
+    assert fingerprint(changed) != fingerprint(pipe) == fingerprint(qjax.load("fashion-ldm"))
 
 
 # --- What is chosen ----------------------------------------------------------------------
@@ -306,7 +395,7 @@ GIVEN = Given(
     num_images=100,
     zoo=True,
     reference=True,
-    folder=True,
+    folder=50,
     prompts=True,
     inception="Inception",
     lpips=("alex", "vgg"),
@@ -336,8 +425,9 @@ def test_with_everything_given_nothing_is_left_out():
         ({"image_shape": (8, 64, 3)}, {"ssim", "lpips-alex", "lpips-vgg"}, "at least"),
         ({"num_images": 1}, {"fid", "sfid", "is", "pr", "kid", "fd"}, "two pictures"),
         ({"num_images": 3}, {"pr"}, "more than 3"),
+        ({"folder": 3}, {"pr"}, "more than 3 pictures of each set; there are 100 and 3"),
         (
-            {"reference": False, "folder": False, "statistics": ("pool",)},
+            {"reference": False, "folder": 0, "statistics": ("pool",)},
             {"psnr", "ssim", "lpips-alex", "lpips-vgg", "sfid", "pr", "kid"},
             "--reference|--images|mu_s",
         ),
@@ -394,7 +484,7 @@ def test_files_of_lpips_are_told_apart_by_their_shapes(tmp_path):
     equal = jax.tree.map(np.array_equal, found["alex"], params)
     assert all(jax.tree.leaves(equal))
     assert used[0].name == "LPIPS alex" and len(used[0].sha256) == 2
-    with pytest.raises(ValueError, match="needs a file of its heads"):
+    with pytest.raises(ValueError, match="needs a file of its heads, too; got backbone alone"):
         lpips_params([backbone])
     with pytest.raises(ValueError, match="both the backbone of alex"):
         lpips_params([backbone, heads, backbone])
@@ -433,6 +523,62 @@ def test_a_file_of_weights_that_is_none_is_named(tmp_path, name, message):
     error = FileNotFoundError if name == "nowhere.pth" else ValueError
     with pytest.raises(error, match=message):
         scored(reference=model(), inception=tmp_path / name)
+
+
+def test_files_that_are_no_pictures_are_named(small_inception, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (12, 12), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    whole = (tmp_path / "2.png").read_bytes()
+    for bytes in (b"no picture", whole[: len(whole) // 2]):
+        (tmp_path / "2.png").write_bytes(bytes)
+        with pytest.raises(ValueError, match=r"2\.png cannot be read as a picture.*Remove it"):
+            scored(images=tmp_path, inception=small_inception, resamples=0)
+
+
+def test_another_picture_under_the_same_name_is_another_run(small_inception, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (12, 12), (i, 0, 0)).save(folder / f"{i}.bmp")
+    settings = {"images": folder, "inception": small_inception, "metrics": ["fid"], "resamples": 0}
+    scored(**settings, out=tmp_path / "run")
+    length = (folder / "2.bmp").stat().st_size
+    Image.new("RGB", (12, 12), (200, 0, 0)).save(folder / "2.bmp")
+    assert (folder / "2.bmp").stat().st_size == length
+    with pytest.raises(ValueError, match="belongs to another run: images"):
+        scored(**settings, out=tmp_path / "run")
+
+
+def test_pictures_of_another_size_than_the_models_say_so(small_inception, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (9, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    found = scored(images=tmp_path, inception=small_inception, metrics=["fid"], resamples=0)
+    assert found.scores[0].against == f"{tmp_path.name}, 9 x 16"
+
+
+def _npz(path, **arrays):
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b"PK\x03\x04 no zip"), "it is no .npz"),
+        (lambda path: path.write_bytes(b"\x93NUMPY of one array"), "it is no .npz"),
+        (lambda path: _npz(path, mu=np.zeros(8)), "it lacks sigma"),
+        (lambda path: _npz(path, mu=np.array([None] * 8), sigma=np.eye(8)), "allow_pickle"),
+        (lambda path: _npz(path, mu=np.zeros(8), sigma=np.full((8, 8), np.nan)), "must be finite"),
+        (lambda path: _npz(path, mu=np.zeros(9), sigma=np.eye(9)), "Inception's 8 features; .* 9 num"),
+    ],
+    ids=["no zip", "an array", "half", "a pickle", "nan", "other features"],
+)  # fmt: skip
+def test_statistics_that_are_none_are_refused_by_name_before_anything_is_drawn(
+    small_inception, tmp_path, monkeypatch, write, message
+):
+    write(tmp_path / "stats.npz")
+    monkeypatch.setattr(evaluation_measuring, "draw", None)
+    with pytest.raises(ValueError, match=rf"stats\.npz must hold .*{message}"):
+        scored(images=tmp_path / "stats.npz", inception=small_inception)
 
 
 def test_pictures_of_two_sizes_and_empty_folders_are_refused(small_inception, tmp_path):

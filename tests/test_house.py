@@ -309,6 +309,8 @@ def text_files() -> Iterator[tuple[Path, str]]:
         ]
         for name in names:
             path = Path(folder, name)
+            if name == ".git":  # of a second working tree, a file that says where the first is
+                continue
             if path.suffix in (".safetensors", ".png", ".npz", ".pyc"):
                 continue
             yield path, path.read_text(encoding="utf-8")

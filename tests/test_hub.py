@@ -67,8 +67,18 @@ def test_the_card_on_the_hub_loads_from_there(hub, quantized):
     assert f'qjax.load("{REPOSITORY}")' in card
 
 
+def test_the_command_says_that_it_uploads_when_the_id_and_the_model_are_good(hub, run):
+    for words in (("fashion-dit", "just-a-name"), ("fashion-dit", f"{REPOSITORY}@v1")):
+        done = run("push", *words)
+        assert (done.status, "owner/name" in done.err) == (2, True), done
+        assert "uploading" not in done.err
+    done = run("push", "no-such-model", REPOSITORY)
+    assert done.status == 2 and "uploading" not in done.err
+    assert not hub.asked("upload_folder")
+
+
 def test_a_name_that_is_no_id_is_refused_before_anything_is_sent(hub, quantized):
-    with pytest.raises(ValueError, match="owner/name; got 'just-a-name'"):
+    with pytest.raises(ValueError, match="owner/name, .*; got 'just-a-name'"):
         quantized.push_to_hub("just-a-name")
     assert hub.calls == []
 
@@ -136,9 +146,47 @@ def test_a_diffusers_repository_loads_without_its_pickles(hub):
     put(hub, {"README.md": b"---\nlicense: mit\n---\n# A model\n"})
     loaded = qjax.load(REPOSITORY)
     assert (loaded.source.name, loaded.source.license) == (REPOSITORY, "mit")
-    fetched = {p.name for p in (hub.folder / "cache").rglob("*") if p.is_file()}
-    assert "diffusion_pytorch_model.safetensors" in fetched
-    assert fetched.isdisjoint({name.rpartition("/")[2] for name in pickles})
+    names = {p.name for p in (hub.folder / "cache").rglob("*") if p.is_file()}
+    assert "diffusion_pytorch_model.safetensors" in names
+    assert names.isdisjoint({name.rpartition("/")[2] for name in pickles})
+
+
+def repository_of(hub, name, rename=lambda path: path):
+    folder = zoo.FOLDER / name
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    put(hub, {rename(path): data for path, data in files.items()})
+
+
+def fetched(hub):
+    cache = hub.folder / "cache" / REPOSITORY
+    return {"/".join(p.relative_to(cache).parts[1:]) for p in cache.rglob("*.safetensors")}
+
+
+def test_of_a_diffusers_repository_the_weights_that_are_read_are_fetched_and_no_others(hub):
+    repository_of(hub, "fashion-ldm")
+    unread = (
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "safety_checker/model.safetensors",
+        "onnx/unet/model.safetensors",
+    )
+    put(hub, dict.fromkeys(unread, b"many bytes") | {"safety_checker/config.json": b"{}"})
+    same = qjax.load("fashion-ldm")
+    assert params_digest(qjax.load(REPOSITORY).params) == params_digest(same.params)
+    assert fetched(hub).isdisjoint(unread) and len(fetched(hub)) == 3
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_fp16_are_fetched_where_they_are_asked_for_or_alone(hub, variant):
+    half = lambda path: path.replace(".safetensors", ".fp16.safetensors")
+    repository_of(hub, "fashion-ldm", half)
+    plain = {"unet/diffusion_pytorch_model.safetensors": b"many bytes"} if variant else {}
+    put(hub, plain)
+    loaded = qjax.load(REPOSITORY, variant=variant)
+    assert params_digest(loaded.params) == params_digest(qjax.load("fashion-ldm").params)
+    assert all(".fp16." in name for name in fetched(hub)) and len(fetched(hub)) == 3
 
 
 def test_a_repository_of_neither_layout_is_refused_by_name_before_its_weights(hub):

@@ -325,7 +325,9 @@ def test_broken_pictures_are_reported_not_hidden():
     assert "BROKEN: 1 of the 3 pictures shown" in page.words
     assert "1 of 3 broken" in page.words
     assert tuple(pixels(page.all("img", "shot")[3]["src"])[5, 5]) == NOT_FINITE
-    Console(file=io.StringIO()).print(summary_table(broken))
+    out = io.StringIO()
+    Console(file=out).print(summary_table(broken))
+    assert f"{61 / 80:.3f}" in out.getvalue() and "nan" not in out.getvalue()
 
 
 def test_save_html_replaces_the_file_whole(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -183,14 +184,61 @@ def test_a_spoilt_run_file_is_refused(pipe, tmp_path):
 
 
 def test_what_could_not_be_saved_is_refused_before_any_stage_runs(pipe, tmp_path):
-    for stranger in (
-        pipe.replace(source=None),
-        pipe.replace(source=Source(model="MyNet", config={})),
-    ):
-        with pytest.raises(ValueError, match="source|port"):
-            run(stranger, STAGES, out=tmp_path / "run", on_stage=pytest.fail)
-        assert not list(tmp_path.iterdir())
-    run(pipe.replace(source=None), Recipe(quant=QUANT))  # nothing to be saved
+    stranger = pipe.replace(source=Source(model="MyNet", config={}))
+    with pytest.raises(ValueError, match="port"):
+        run(stranger, STAGES, out=tmp_path / "run", on_stage=pytest.fail)
+    assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A stage of two parts, the second of which can be cut off."""
+
+    stop: ClassVar[bool] = False
+
+    def run(self, state: State, key: jax.Array, work: Work) -> State:
+        first = work.part("first", lambda: {"x": jax.random.uniform(key)})["x"]
+
+        def second():
+            if type(self).stop:
+                raise KeyboardInterrupt
+            return {"amount": 0.1 * first}
+
+        amount = float(work.part("second", second)["amount"])
+        return Jitter(amount=amount).run(state, key, work)
+
+
+OWN = Recipe(quant=QUANT, stages=(Parts(), Jitter(), Parts()), name="in parts")
+
+
+def test_a_pipeline_without_a_source_goes_on_from_its_parts(pipe, tmp_path, monkeypatch):
+    own, events = pipe.replace(source=None), []
+    whole = run(own, OWN, seed=3)
+    tell = lambda event: events.append((event["event"], event["part"]))
+    monkeypatch.setattr(Parts, "stop", True)
+    with pytest.raises(KeyboardInterrupt):
+        run(own, OWN, out=tmp_path, seed=3)
+    monkeypatch.setattr(Parts, "stop", False)
+    assert same(run(own, OWN, out=tmp_path, seed=3, on_event=tell), whole)
+    assert events == [("read", "first"), *[("wrote", p) for p in ("second", "first", "second")]]
+    events.clear()
+    again = pipeline().replace(source=None, apply=lambda *args: pipe.apply(*args))
+    assert same(run(again, OWN, out=tmp_path, seed=3, on_event=tell), whole)
+    assert events == [("read", "first"), ("read", "second")] * 2
+    assert not (tmp_path / "final").exists()
+
+
+def test_another_function_or_other_params_do_not_go_on_from_those_parts(pipe, tmp_path):
+    own = pipe.replace(source=None)
+    run(own, OWN, out=tmp_path, seed=3)
+    changed = own.replace(apply=lambda *args: 2 * pipe.apply(*args))
+    shifted = own.replace(params=jax.tree.map(lambda w: w + 1, pipe.params))
+    for one, word in ((changed, "network '"), (shifted, "params '"), (pipe, "model None")):
+        with pytest.raises(ValueError, match=f"belongs to another run: {word}"):
+            run(one, OWN, out=tmp_path, seed=3)
+    with pytest.raises(ValueError, match="belongs to another run: model 'tiny', now None"):
+        run(pipe, OWN, out=tmp_path / "saved", seed=3)
+        run(own, OWN, out=tmp_path / "saved", seed=3)
 
 
 def test_a_recipe_that_does_not_suit_the_model_writes_nothing(pipe, tmp_path):

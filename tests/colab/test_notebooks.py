@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import json
 import re
+import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,27 @@ def test_a_notebook_is_set_up_from_the_repository_and_prints_where_it_runs(text)
     assert {"jax.devices()", "qjax.__version__", "jax.__version__", "flax.__version__"} <= {
         ast.unparse(node) for node in ast.walk(ast.parse(first)) if isinstance(node, ast.expr)
     }
+
+
+@each
+def test_the_first_cell_can_run_twice_takes_an_uploaded_clone_and_asks_for_an_address(
+    text, monkeypatch, tmp_path
+):
+    install = code(text)[0].partition("import flax")[0]
+    commands, file = [], tmp_path / "first.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+    with pytest.raises(ValueError, match="address of your clone's origin into REPOSITORY"):
+        file.write_text(install)
+        runpy.run_path(str(file))
+    assert commands == []
+    file.write_text(install.replace("/OWNER/", "/somebody/", 1))
+    runpy.run_path(str(file))
+    (tmp_path / "qjax-repository").mkdir()
+    runpy.run_path(str(file))
+    assert [words[0] == "git" for words in commands] == [True, False, False]
+    assert [words[-1] for words in commands] == ["qjax-repository", *["./qjax-repository"] * 2]
 
 
 def test_all_notebooks_name_one_repository():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from qjax.core import metrics
 from qjax.core.metrics import (
@@ -16,6 +17,7 @@ from qjax.core.metrics import (
     kernel_distance,
     psnr,
     relative_l2,
+    share_interval,
     sqnr,
     ssim,
 )
@@ -349,6 +351,25 @@ def test_bootstrap_interval_refuses_infinities_and_unpaired_values():
         bootstrap_interval(np.ones(3), baseline=np.ones(2))
     with pytest.raises(ValueError, match="level"):
         bootstrap_interval(np.ones(3), level=95)
+
+
+@given(seeds, st.integers(1, 60), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+@few
+def test_share_interval_is_wilsons(seed, n, level):
+    holds = np.random.default_rng(seed).random(n) < 0.8
+    found = share_interval(holds, level=level)
+    theirs = binomtest(int(holds.sum()), n).proportion_ci(level, method="wilson")
+    assert found.estimate == holds.mean() and found.n == n
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_share_interval_refuses_what_is_no_claim():
+    with pytest.raises(TypeError, match="booleans; got int64"):
+        share_interval(np.ones(3, np.int64))
+    with pytest.raises(ValueError, match="non-empty"):
+        share_interval(np.zeros(0, bool))
+    with pytest.raises(ValueError, match="level=95"):
+        share_interval(np.ones(3, bool), level=95)
 
 
 def test_every_public_name_is_exported_and_exists():

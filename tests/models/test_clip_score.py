@@ -133,6 +133,9 @@ def test_every_key_is_used_and_strange_ones_are_named(folder, tmp_path):
     [
         ("config.json", {"model_type": "siglip"}, "must hold a CLIPModel.*'siglip'"),
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop=False"),
+        ("preprocessor_config.json", {"size": {"height": 8, "width": 8}}, "size=.*another CLIP"),
+        ("preprocessor_config.json", {"crop_size": SIDE + 1}, "crop_size"),
     ],
 )
 def test_other_models_and_other_preprocessing_are_refused(folder, tmp_path, name, changes, message):
@@ -142,6 +145,22 @@ def test_other_models_and_other_preprocessing_are_refused(folder, tmp_path, name
     said = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(said | changes))
     with pytest.raises(ValueError, match=message):
+        load_clip(tmp_path)
+
+
+def test_the_processor_that_transformers_writes_is_accepted(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    transformers.CLIPImageProcessor(**size).save_pretrained(tmp_path)
+    assert load_clip(tmp_path).sha256 == load_clip(folder).sha256
+
+
+def test_broken_json_is_named(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json is not valid JSON"):
         load_clip(tmp_path)
 
 
@@ -169,10 +188,19 @@ def test_the_published_towers_have_their_published_size():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_size": 0}, {"num_attention_heads": 5}, {"hidden_act": "relu"}]
+    ("changes", "word"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"num_attention_heads": 5}, "must divide"),
+        ({"hidden_act": "relu"}, "'relu'"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers=2147483648"),
+        ({"hidden_size": True}, "hidden_size=True"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps='small'"),
+        ({"image_size": 2**20, "patch_size": 1}, "65,536 patches"),
+    ],
 )
-def test_configs_that_make_no_sense_are_refused(changes):
-    with pytest.raises(ValueError):
+def test_configs_that_make_no_sense_are_refused(changes, word):
+    with pytest.raises(ValueError, match=word):
         CLIPVisionConfig(**changes)
 
 

@@ -38,16 +38,14 @@ def head(card: str) -> dict:
 
 
 def result(name="quantized", **changes):
-    pictures = np.zeros((2, 4, 4, 1))
+    fields = {"psnr": np.array([30.0, 31.0]), "ssim": np.array([0.9, 0.92])} | changes
     return VariantResult(
         name=name,
         how="4-bit weights",
-        images=pictures,
+        images=np.zeros((2, 4, 4, 1)),
         bytes_quantized=10,
-        psnr=np.array([30.0, 31.0]),
-        ssim=np.array([0.9, 0.92]),
         error_per_step=np.array([0.01, 0.05]),
-        **changes,
+        **fields,
     )
 
 
@@ -167,6 +165,16 @@ def test_a_comparison_gives_its_own_numbers(qpipe, tmp_path):
     assert "Unknown" not in card
     for shown in ("30.50 dB", "0.9100", "0.0500", "1.250, float model's 1.000", "2 pictures"):
         assert shown in card, shown
+
+
+def test_pictures_that_are_equal_or_broken_are_counted_and_not_averaged(qpipe):
+    some = result(psnr=np.array([30.0, np.inf, np.nan]), ssim=np.array([0.9, 1.0, np.nan]))
+    card = model_card(qpipe, report=report(some))
+    assert "PSNR, mean | 30.00 dB; 1 of 3 pictures equal to the last bit; 1 of 3 pictures" in card
+    assert "SSIM, mean | 0.9500; 1 of 3 pictures broken" in card
+    assert not re.search(r"\b(nan|inf)\b", card)
+    equal = result(psnr=np.full(2, np.inf), ssim=np.ones(2))
+    assert "PSNR, mean | 2 of 2 pictures equal" in model_card(qpipe, report=report(equal))
 
 
 def test_a_comparison_of_several_is_refused_and_nothing_is_written(qpipe, tmp_path):
