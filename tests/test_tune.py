@@ -101,6 +101,7 @@ def test_a_candidate_with_another_result_is_refused(pretended, monkeypatch):
     assert {why for _, why in found.failed} == {"its result is WRONG; please report it"}
 
 
+@pytest.mark.slow
 def test_the_command_keeps_what_it_finds_and_later_programs_use_it(run, monkeypatch, tmp_path):
     monkeypatch.setenv("QJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "PIECES", (64,))  # few candidates, for few programs to compile

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ SITECUSTOMIZE = """
 
     sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
+# Where PyTorch really is absent, as on the oldest and the newest JAX in CI, it always runs.
+slow_with_torch = pytest.mark.slow if find_spec("torch") else lambda test: test
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -62,6 +65,7 @@ def run_without(names, function, folder):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@slow_with_torch
 def test_import_conversion_and_class_to_image_need_no_torch_and_no_transformers(tmp_path):
     run_without(HUGGING_FACE, convert_and_draw_from_labels, tmp_path)
 

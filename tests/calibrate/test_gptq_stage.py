@@ -54,6 +54,7 @@ def test_every_layer_is_rounded_with_no_more_error_than_to_nearest(student, roun
     assert rounded[1][-2]["share"] == 1.0
 
 
+@pytest.mark.slow
 def test_pictures_come_nearer_to_those_of_the_float_model(dit, student, rounded):
     wanted = draw(dit)
     before, after = (relative_l2(draw(pipe), wanted) for pipe in (student, rounded[0]))
@@ -65,6 +66,7 @@ def test_formats_stay_what_they_were(student, rounded):
     assert jax.tree.structure(leaves(student)) == jax.tree.structure(leaves(rounded[0]))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(dit, student, rounded, tmp_path, monkeypatch):
     recipe = Recipe(quant=student.quant, stages=(STAGE,), name="gptq")
     whole = run(dit, recipe, seed=0)

@@ -31,6 +31,7 @@ def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_after_every_part_and_within_every_fit_a_run_can_be_broken_off(
     dit, quantize, tmp_path, monkeypatch
 ):

@@ -145,6 +145,7 @@ def effective(params, layer):
     return kernel + jnp.tensordot(down * scale, up, 1)
 
 
+@pytest.mark.slow
 def test_kernels_and_branches_add_up_better_than_kernels_alone(dit, split):
     before, after, events = split
     found = [event for event in events if event["event"] == "low_rank"]

@@ -72,6 +72,7 @@ def mixed(dit, uniform, log):
     return run(dit, recipe_of(uniform), seed=1, on_event=log.append)
 
 
+@pytest.mark.slow
 def test_at_equal_mean_bits_there_is_less_noise(dit, uniform, mixed, log, error):
     at_4 = [10 ** (-e["sqnr"] / 10) for e in log if e["event"] == "sensitivity" and e["bits"] == 4]
     (said,) = [e for e in log if e["event"] == "allocation"]

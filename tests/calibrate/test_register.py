@@ -157,6 +157,7 @@ def test_fitting_online_lowers_the_error_of_new_samples(dit, student):
     assert found["register"] < 0.9 * ranges and found["serial"] < 0.97 * ranges, (found, ranges)
 
 
+@pytest.mark.slow
 def test_one_seed_is_one_result_online(dit, student):
     fit = dataclasses.replace(FIT, iterations=6)
     online = SETTINGS | {"schedule": "register", "fits": "network", "fit": fit, "shift_every": 2}

@@ -128,6 +128,7 @@ def test_channels_of_a_learned_variance_do_not_count(dit, layers, samples, table
     np.testing.assert_allclose(found[path], table[path], atol=0.01)
 
 
+@pytest.mark.slow
 def test_convolutions_are_measured_too(unet, quantize):
     layers = quantized_layers(quantize(unet))
     convs = {path: one for path, one in layers.items() if path.endswith("conv1")}

@@ -109,7 +109,7 @@ def assert_same(a, b):
     assert all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-@pytest.mark.parametrize("name", ["ldm", "dit"])
+@pytest.mark.parametrize("name", [pytest.param("ldm", marks=pytest.mark.slow), "dit"])
 def test_a_trajectory_with_a_table_is_that_of_the_float_time_path(name):
     pipe = float_pipeline(name)
     if name == "ldm":  # a sampler that visits one timestep twice

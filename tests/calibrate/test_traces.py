@@ -67,6 +67,7 @@ def test_the_error_of_step_0_rises_after_its_turn_and_does_not_with_shuffled_ste
     assert teeth["shuffled"][0] < 0.15 and last["shuffled"] < last["serial"]
 
 
+@pytest.mark.slow
 def test_errors_by_step_are_those_of_each_steps_items_though_no_batch_is_of_one_step(fixed):
     begin = fixed.begin(FitSettings(**FIT))
     found = errors_by_step(fixed.runner, fixed.problem, begin, groups=STEPS, batch=7)

@@ -98,6 +98,7 @@ def test_one_step_ahead_is_one_guided_step_of_the_float_network(fixed, arrived, 
         np.testing.assert_allclose(arrived[1][i], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_steps_ahead_are_two_steps_of_the_pipeline(fixed, arrived, dit):
     _, trajectory = dit(
         labels=np.asarray(fixed.run.items.told),

@@ -112,6 +112,7 @@ def test_every_quantized_layer_of_an_autoencoder_multiplies_in_int8(half, produc
     assert_int8_wherever_quantized(found, [e for e in entries if e.path.split("/")[0] in own])
 
 
+@pytest.mark.slow
 def test_a_unet_with_int8_convolutions_runs_and_stays_near_the_float_one():
     one_level = dataclasses.replace(
         SD1,

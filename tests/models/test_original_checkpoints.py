@@ -149,7 +149,7 @@ def test_what_is_of_no_published_model_is_refused_with_the_nearest():
         read(original, name="mine", models=MODELS)
 
 
-@pytest.mark.parametrize("suffix", (".ckpt", ".safetensors"))
+@pytest.mark.parametrize("suffix", (pytest.param(".ckpt", marks=pytest.mark.slow), ".safetensors"))
 def test_conversion_gives_a_folder_that_loads(suffix, tmp_path, monkeypatch):
     models = {"conditional": CONDITIONAL}
     monkeypatch.setattr(original_checkpoints, "published", lambda: models)
