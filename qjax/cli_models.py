@@ -10,6 +10,7 @@ from typing import Any
 import qjax
 from qjax import api, recipes, topology_plan
 from qjax.calibrate.recipe import Recipe, data_free_name
+from qjax.cli_mesh import MESH_BLOCK, MESH_DATA
 from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, text, whole
 from qjax.cli_output import Output, grid
 from qjax.core.config import QuantConfig
@@ -41,15 +42,6 @@ RECIPE = Option(
 )
 SEED = Option(
     name="seed", read=whole(), metavar="N", default=0, help="number that all randomness comes from"
-)
-MESH_DATA = Option(
-    name="mesh.data", read=whole(1), metavar="N", help="devices that share the items"
-)
-MESH_BLOCK = Option(
-    name="mesh.block",
-    read=whole(1),
-    metavar="N",
-    help="devices that share alike blocks, fitted at once",
 )
 OUT_FOLDER = Option(
     name="out", read=path, metavar="DIR", required=True, help="folder to write into"

@@ -29,6 +29,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax._version import __version__
 from qjax.comparison import device_words, is_zoo, model_name
@@ -59,6 +60,7 @@ from qjax.evaluation_pictures import (
 from qjax.evaluation_scores import Against, Scoring, draws_of, scores
 from qjax.models import lpips as perceptual
 from qjax.models.clip_score import clip_scores
+from qjax.models.mesh import batch_of
 from qjax.models.pipeline import Pipeline
 from qjax.models.weight_files import file_sha256
 from qjax.report_layers import how_quantized
@@ -96,6 +98,7 @@ def evaluate(
     part_size: int = 256,
     resamples: int | None = None,
     out: Path | str | None = None,
+    mesh: Mesh | None = None,
     names: tuple[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -119,13 +122,15 @@ def evaluate(
       guidance_scale: Weight of classifier-free guidance; None for none.
       eta: Share of fresh noise.
       seed: Of the noise; picture i is the same whatever else is drawn.
-      batch_size: Most pictures at a time, `part_size` at most; what is drawn does not depend
-        on it.
+      batch_size: Most pictures at a time, on a mesh of every device; what is drawn does not
+        depend on it. All of a part, `part_size`, at most.
       part_size: Pictures of which a run that is killed may lose the work.
       resamples: Of the intervals of sets of pictures. None: 200, for features of more than 256
         numbers 20, because a Frechet distance of such takes seconds; 0 for no such intervals.
       out: Folder that keeps what was measured; the same run goes on there, and
-        `evaluation.json` is the result. None keeps nothing.
+        `evaluation.json` is the result. None keeps nothing. Several processes all have to see it.
+      mesh: Devices to spread the pictures over (`Pipeline.on`); what was drawn is measured on one.
+        None draws on one, too. Of several processes all call this alike, and all get the scores.
       names: What to call model and reference.
       on_progress: Called with pictures done, all pictures, and what comes next.
 
@@ -167,16 +172,22 @@ def evaluate(
         "num_images": n,
         "part_size": part_size,
     }
-    parts = Parts(None if out is None else Path(out), claim | settings)
+    parts = Parts(None if out is None else Path(out), claim | settings, mesh=mesh)
+    pipes = {"a": pipe} | ({} if reference is None else {"b": reference})
+    if mesh is not None:
+        pipes = {side: one.on(mesh) for side, one in pipes.items()}
+    drawn_at_once = batch_of(min(part_size, n), batch_size, mesh)
     measuring = _Measuring(
-        pipes={"a": pipe} | ({} if reference is None else {"b": reference}),
+        pipes=pipes,
         choice=choice,
         nets=nets,
         settings=settings | {"labels": labels, "prompts": prompts},
-        batch_size=min(batch_size, part_size, n),
+        drawn_at_once=drawn_at_once,
+        batch_size=drawn_at_once // (1 if mesh is None else mesh.size),
         part_size=part_size,
     )
     _measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
+    parts.complete()
     own, other = names or _names(pipe, reference)
     evaluation = Evaluation(
         model=own,
@@ -197,11 +208,11 @@ def evaluate(
         told=_told(labels, prompts),
         nets=used,
         resamples={m: draws_of(resamples, _WIDTHS.get(k, 0)) for m, k in choice.keys.items()},
-        device=device_words(),
+        device=device_words(mesh),
         versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
         **settings,
     )
-    if out is not None:
+    if out is not None and parts.writes:
         _write(Path(out) / RESULT, evaluation)
     return evaluation
 
@@ -328,6 +339,7 @@ class _Measuring:
     choice: Choice
     nets: Nets
     settings: Mapping[str, Any]
+    drawn_at_once: int
     batch_size: int
     part_size: int
 
@@ -360,8 +372,22 @@ class _Measuring:
         return found
 
     def batch(self, numbers: Sequence[int], count: int) -> dict[str, np.ndarray]:
-        """What is kept of the pictures of these numbers, of which `count` are no repetitions."""
+        """What is kept of the pictures of these numbers, of which `count` are no repetitions.
+
+        They are measured in batches of what one device draws, so that measurements do not depend
+        on how many devices there are.
+        """
         drawn = {side: draw(pipe, numbers, **self.settings) for side, pipe in self.pipes.items()}
+        rows = []
+        for start in range(0, count, self.batch_size):
+            here = slice(start, start + self.batch_size)
+            rows.append(self.kept({side: x[here] for side, x in drawn.items()}, numbers[here]))
+        return {key: found[:count] for key, found in _joined(rows).items()}
+
+    def kept(
+        self, drawn: Mapping[str, UInt8[np.ndarray, "b h w c"]], numbers: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """What is kept of pictures of both sides."""
         kept: dict[str, np.ndarray] = {}
         for side, images in drawn.items():
             kept |= {f"{side}/{key}": rows for key, rows in self.looks(images).items()}
@@ -372,7 +398,7 @@ class _Measuring:
                 kept[f"{side}/clip"] = np.asarray(found, np.float64)
         if "b" in drawn:
             kept |= self.pairs(drawn["a"], drawn["b"])
-        return {key: rows[:count] for key, rows in kept.items()}
+        return kept
 
 
 def _measure(
@@ -380,7 +406,7 @@ def _measure(
 ) -> None:
     """Have all parts: of the models' pictures, and of the folder's."""
     of_folder = 0 if folder is None else len(folder.files)
-    size, step, total = measuring.part_size, measuring.batch_size, n + of_folder
+    size, step, total = measuring.part_size, measuring.drawn_at_once, n + of_folder
     for begin in range(0, n, size):
         end = min(begin + size, n)
 
@@ -398,7 +424,7 @@ def _measure(
         def look(begin: int = begin, end: int = end) -> dict[str, np.ndarray]:
             assert folder is not None
             rows = []
-            for numbers, count in batches(begin, end, step):
+            for numbers, count in batches(begin, end, measuring.batch_size):
                 tell(n + numbers[0], total, f"file {numbers[0]:,} of {of_folder:,}")
                 found = measuring.looks(folder.read(numbers))
                 rows.append({f"r/{key}": value[:count] for key, value in found.items()})

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
+from qjax.models.mesh import agree, wait, writes
 
 __all__ = ["Parts"]
 
@@ -30,17 +32,29 @@ class Parts:
     Args:
       folder: Where they are kept; None keeps them in memory.
       claim: What the run is of, in values of JSON; all of it must be that of the folder.
+      mesh: Of a run that is spread over processes: the first decides what is there and writes,
+        and all of them have to see the folder.
 
     Raises:
       ValueError: If the folder belongs to another run, or is no folder for a run.
     """
 
-    def __init__(self, folder: Path | None, claim: Mapping[str, Any]):
+    def __init__(self, folder: Path | None, claim: Mapping[str, Any], *, mesh: Mesh | None = None):
         self.folder = folder
+        self.mesh = mesh
+        self.writes = writes(mesh)
         self._names: list[str] = []
         self._kept: dict[str, Arrays] = {}
-        if folder is not None:
-            self._claim(folder, json.loads(json.dumps(claim)))
+        if folder is None:
+            return
+        claim = json.loads(json.dumps(claim))
+        try:
+            if self.writes:
+                self._claim(folder, claim)
+        finally:
+            wait("claim of an evaluation", mesh)
+        if not self.writes:
+            self._claim(folder, claim)
 
     def part(self, name: str, rows: int, make: Callable[[], Mapping[str, np.ndarray]]) -> bool:
         """Have the part, made now or in an earlier run; whether it was made now.
@@ -54,11 +68,11 @@ class Parts:
           ValueError: If a file of an earlier run is damaged.
         """
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        if path is None or not path.exists():
+        if path is None or not agree(path.exists(), self.mesh):
             arrays = {key: np.asarray(value) for key, value in make().items()}
             if path is None:
                 self._kept[name] = arrays
-            else:
+            elif self.writes:
                 write_tensors(path, arrays)
             self._names.append(name)
             return True
@@ -66,6 +80,10 @@ class Parts:
             raise ValueError(f"{path} must hold {rows} rows; {', '.join(wrong)} do not. Remove it.")
         self._names.append(name)
         return False
+
+    def complete(self) -> None:
+        """After the last part: what the first process has written is there for all to read."""
+        wait("parts of an evaluation", self.mesh)
 
     def stream(self, key: str) -> Iterator[np.ndarray]:
         """The rows of `key`, part by part, in the order the parts were asked for."""
@@ -95,6 +113,8 @@ class Parts:
         if not path.exists():
             if folder.exists() and (not folder.is_dir() or _visible(folder)):
                 raise ValueError(f"{folder} is no empty folder, and no evaluation. Use another.")
+            if not self.writes:
+                raise ValueError(f"all processes must see one folder; {folder} is not there.")
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write((json.dumps(mine, indent=1) + "\n").encode())
