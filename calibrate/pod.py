@@ -10,7 +10,7 @@ hosts see.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Number = TypeVar("Number", bool, int)
+from qjax.models import mesh as meshes
+from qjax.models.mesh import start as start
 
 BLOCK, DATA = "block", "data"
 """Axes of the mesh."""
@@ -104,7 +105,7 @@ class Pod:
     @property
     def processes(self) -> int:
         """Processes whose devices the mesh has."""
-        return len({device.process_index for device in self.mesh.devices.flat})
+        return meshes.processes_of(self.mesh)
 
     @property
     def writes(self) -> bool:
@@ -134,28 +135,15 @@ class Pod:
           tree: Equal in all processes.
           *axes: As for `sharding`; none: every device has all.
         """
-        sharding = self.sharding(*axes)
-        if self.processes == 1:
-            return jax.device_put(tree, sharding)
-
-        def one(leaf: Any) -> jax.Array:
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-        return jax.tree.map(one, tree)
+        return meshes.put(tree, self.sharding(*axes))
 
     def get(self, tree: Any) -> Any:
         """Arrays of the devices as every process's own, whole."""
-        if self.processes == 1:
-            return jax.tree.map(np.asarray, jax.device_get(tree))
-        whole = _everywhere(tree, self.sharding())
-        return jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), whole)
+        return meshes.get(tree, self.mesh)
 
-    def agree(self, value: Number) -> Number:
+    def agree(self, value: meshes.Number) -> meshes.Number:
         """What the first process says, in all of them."""
-        if self.processes == 1:
-            return value
-        return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        return meshes.agree(value, self.mesh)
 
     def any(self, value: bool) -> bool:
         """Whether any process says so."""
@@ -165,34 +153,7 @@ class Pod:
 
     def wait(self, name: str) -> None:
         """Until all processes have come here."""
-        if self.processes > 1:
-            multihost_utils.sync_global_devices(name)
-
-
-def _everywhere(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
-
-
-def start(
-    *, coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
-    """Join the processes of a job; before anything else is computed.
-
-    Args:
-      coordinator: `host:port` of the first process; None: found out, as on TPU pods.
-      processes: How many there are; None likewise.
-      process: Which one this is, from 0; None likewise.
-
-    Raises:
-      ValueError: If one of the three is given and another is not.
-    """
-    given = (coordinator, processes, process)
-    if any(one is not None for one in given) and any(one is None for one in given):
-        raise ValueError(
-            "mesh.coordinator, mesh.processes and mesh.process go together; got "
-            f"{coordinator}, {processes} and {process}. On TPU pods leave all three out."
-        )
-    jax.distributed.initialize(coordinator, processes, process)
+        meshes.wait(name, self.mesh)
 
 
 def each(count: jax.Array, function: Callable[..., Any], *mapped: Any) -> Any:

@@ -4,9 +4,11 @@ import functools
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import Mesh
 
 from qjax.core.typing import Array, Float
 from qjax.models.components import Component
+from qjax.models.mesh import on_each_device
 from qjax.models.tiling import one_at_a_time, tiled
 
 PIXELS_AT_ONCE = 512 * 512
@@ -36,17 +38,28 @@ class LatentDecoder:
         """Channels of an image."""
         return self.component.model.config.out_channels
 
-    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+    def decode(
+        self, latents: Float[Array, "b h w c"], *, mesh: Mesh | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
         """Images, about in [-1, 1], of latents as the denoiser gives them.
 
         Batches of more than `PIXELS_AT_ONCE` pixels are decoded one image at a time.
+
+        Args:
+          latents: Of any size.
+          mesh: Devices of which each decodes its part; latents and parameters lie there.
         """
         model, params = self.component.model, self.component.params
-        return _decode(model, params, latents, tiles=self.tiles)
+        return _decode(model, params, latents, tiles=self.tiles, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="tiles")
-def _decode(model, params, latents, *, tiles: bool):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("tiles", "mesh"))
+def _decode(model, params, latents, *, tiles: bool, mesh: Mesh | None):
+    decode = functools.partial(_decode_part, model, tiles=tiles)
+    return on_each_device(mesh, decode, params, latents)
+
+
+def _decode_part(model, params, latents, *, tiles: bool):
     def decode(z):
         return model.apply({"params": params}, z, method="decode")
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from qjax.core.config import QuantConfig
@@ -30,6 +31,7 @@ from qjax.core.typing import Apply, Array, Float, Params, PRNGKeyArray
 from qjax.models.conditioners import ClassConditioner, PromptConditioner
 from qjax.models.decoders import LatentDecoder
 from qjax.models.lora import AttachedLoRA
+from qjax.models.mesh import batch_of, check_mesh, get, put_split, put_whole
 from qjax.models.pipeline_inputs import (
     broadcast_texts,
     check_key,
@@ -40,9 +42,9 @@ from qjax.models.pipeline_inputs import (
 from qjax.models.samplers import Sampler
 from qjax.models.sampling import (
     Trajectory,
-    draw_noise,
     guided_prediction,
     image_keys,
+    noise_jit,
     sample,
     sample_jit,
     to_images,
@@ -57,7 +59,6 @@ __all__ = ["Pipeline", "Source", "Trajectory", "guided_prediction", "sample"]
 OUTPUTS = ("image", "latent")
 
 _predict = jax.jit(guided_prediction, static_argnames=("apply", "guidance_channels"))
-_draw_noise = jax.jit(draw_noise, static_argnames="shape")
 _image_keys = jax.jit(image_keys)
 
 
@@ -129,6 +130,8 @@ class Pipeline:
     """Whether inputs of layers were scaled in calibration, which a LoRA does not know of."""
     source: Source | None = None
     """What it takes to build the network again; needed to save the pipeline."""
+    mesh: Mesh | None = None
+    """Devices that images are spread over (`on`); None: one device draws them all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -174,6 +177,42 @@ class Pipeline:
     def replace(self, **fields: Any) -> Pipeline:
         """The pipeline with other fields: `pipe.replace(params=..., step_table=...)`."""
         return dataclasses.replace(self, **fields)
+
+    def on(self, mesh: Mesh) -> Pipeline:
+        """The pipeline on all devices of a mesh, over which its images are spread.
+
+        Every device has all parameters, and draws its part of a batch as one device does: with
+        low-bit kernels, and without a word to the others. What lies there already stays, so
+        a second time is free. Text towers stay where they are, and `predict` is not spread.
+
+        Args:
+          mesh: All its axes are used for the images. Of several processes it is the same in all
+            of them, and so is every call; each gets all images.
+
+        Raises:
+          TypeError: If it is no mesh of devices.
+          ValueError: If it leaves out some of the processes, and is not this one's alone.
+
+        Example:
+          >>> from qjax.models.samplers import DDIM
+          >>> apply = lambda variables, x_t, t, labels: variables["params"]["gain"] * x_t
+          >>> pipe = Pipeline.from_apply(apply, {"gain": jnp.ones(())}, DDIM(), (8, 8, 1))
+          >>> mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+          >>> pipe.on(mesh)(num_images=5, steps=4, key=jax.random.key(0)).shape
+          (5, 8, 8, 1)
+        """
+        check_mesh(mesh)
+        decoder = self.decoder
+        if decoder is not None:
+            component = decoder.component
+            component = dataclasses.replace(component, params=put_whole(component.params, mesh))
+            decoder = dataclasses.replace(decoder, component=component)
+        return self.replace(
+            mesh=mesh,
+            params=put_whole(self.params, mesh),
+            step_table=put_whole(self.step_table, mesh),
+            decoder=decoder,
+        )
 
     def save(self, folder: str | os.PathLike[str], *, report: Report | None = None) -> None:
         """Write parameters, sampler, config and a model card into `folder`; `qjax.load` reads it.
@@ -321,7 +360,15 @@ class Pipeline:
 
     def images(self, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """The images, in [0, 1], of samples as `output="latent"` gives them."""
-        return to_images(x_0 if self.decoder is None else self.decoder.decode(x_0))
+        if self.decoder is None or self.mesh is None:
+            return self._images(x_0)
+        n, mesh = len(x_0), self.mesh
+        filled = x_0[np.minimum(np.arange(batch_of(n, n, mesh)), n - 1)]
+        return _joined([get(self._images(put_split(filled, mesh)), mesh)], n)
+
+    def _images(self, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """The images of samples that lie where the parameters do."""
+        return to_images(x_0 if self.decoder is None else self.decoder.decode(x_0, mesh=self.mesh))
 
     def condition(
         self,
@@ -487,6 +534,7 @@ class Pipeline:
         num_images: int | None = None,
         start_index: int = 0,
         batch_size: int = 64,
+        mesh: Mesh | None = None,
     ) -> Any:
         """Images, drawn from the model.
 
@@ -511,16 +559,22 @@ class Pipeline:
           num_images: How many; by default as many as labels, prompts or latents, else 1.
           start_index: Index of the first image: `start_index=4` draws what would have been
             the fifth image and those after it.
-          batch_size: Most images in one run of the program; more are drawn in parts of this
-            size, the last one filled up.
+          batch_size: Most images in one run of the program, on a mesh of every device; more are
+            drawn in parts of this size, the last one filled up.
+          mesh: Devices to spread the images over, the same as `pipe.on(mesh)(...)`, which places
+            the parameters once for many calls; None for the pipeline's own, if it has one.
 
         Returns:
-          `[b, h, w, c]` float32; with `return_trajectory` a pair of that and a `Trajectory`.
+          `[b, h, w, c]` float32 on the default device, in every process; with
+          `return_trajectory` a pair of that and a `Trajectory`.
 
         Raises:
           ValueError: If an argument is outside its range or does not suit the model, or the
             step table was fitted for other settings.
+          TypeError: If `mesh` is none.
         """
+        mesh = self.mesh if mesh is None else mesh
+        pipe = self if mesh is None else self.on(mesh)  # free for what lies there
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {OUTPUTS}; got {output!r}.")
         if batch_size < 1 or start_index < 0:
@@ -563,34 +617,36 @@ class Pipeline:
         run = functools.partial(
             sample_jit,
             self.apply,
-            self.params,
+            pipe.params,
             self.sampler,
-            rows,
-            entries=self.step_table.entries if self.step_table is not None else None,
-            guidance_scale=scale,
-            guidance_rescale=_traced(guidance_rescale, neutral=0.0),
+            put_whole(rows, mesh),
+            entries=pipe.step_table.entries if pipe.step_table is not None else None,
+            guidance_scale=put_whole(scale, mesh),
+            guidance_rescale=put_whole(_traced(guidance_rescale, neutral=0.0), mesh),
             guidance_channels=self.guidance_channels,
             return_trajectory=return_trajectory,
+            mesh=mesh,
         )
-        size = min(batch_size, count)
+        size = batch_of(count, batch_size, mesh)
         outputs, trajectories = [], []
         for start in range(0, count, size):
             # Past the end the last image is drawn again, and dropped below.
             index = np.minimum(np.arange(start, start + size), count - 1)
-            keys = _image_keys(key, jnp.asarray(start_index + index, jnp.uint32))
+            keys = put_split(_image_keys(key, jnp.asarray(start_index + index, jnp.uint32)), mesh)
             if latents is None:
-                x_T = _draw_noise(keys, shape)
+                x_T = noise_jit(keys, shape, mesh=mesh)
             else:
-                x_T = jnp.asarray(latents, jnp.float32)[index]
-            pick = functools.partial(jax.tree.map, lambda a, index=index: a[index])
+                x_T = put_split(jnp.asarray(latents, jnp.float32)[index], mesh)
+            pick = lambda tree, index=index: put_split(jax.tree.map(lambda a: a[index], tree), mesh)
             x_0, trajectory = run(x_T, pick(told), pick(null), keys=keys)
-            outputs.append(self._output(x_0, output, crop)[: count - start])
-            if trajectory is not None:
-                trajectories.append(jax.tree.map(lambda x, n=count - start: x[:, :n], trajectory))
-        images = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+            outputs.append(pipe._output(x_0, output, crop))
+            trajectories.append(trajectory)
+        if mesh is not None:
+            outputs, trajectories = get((outputs, trajectories), mesh)
+        images = _joined(outputs, count)
         if not return_trajectory:
             return images
-        return images, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *trajectories)
+        return images, jax.tree.map(lambda *x: _joined(x, count, axis=1), *trajectories)
 
     def _scale(self, guidance_scale: float | None) -> Array | None:
         """The scale of guidance by two halves; None without, or if the network is told it.
@@ -611,7 +667,7 @@ class Pipeline:
         """The samples, or the images of them at height and width `crop`."""
         if output == "latent":
             return x_0
-        images = self.images(x_0)
+        images = self._images(x_0)
         top, left = ((have - want) // 2 for have, want in zip(images.shape[1:3], crop, strict=True))
         return images[:, top : top + crop[0], left : left + crop[1]]
 
@@ -628,6 +684,12 @@ class Pipeline:
             holding = [b for b in self.buckets if b[0] >= wanted[0] and b[1] >= wanted[1]]
             drawn = min(holding, key=lambda b: (b[0] * b[1], b))
         return (drawn[0] // factor, drawn[1] // factor, self.shape[-1]), wanted
+
+
+def _joined(parts: Sequence[ArrayLike], count: int, *, axis: int = 0) -> Array:
+    """What comes of several runs, without what the last was filled up with."""
+    whole = jnp.concatenate(parts, axis=axis) if len(parts) > 1 else jnp.asarray(parts[0])
+    return whole if whole.shape[axis] == count else jax.lax.slice_in_dim(whole, 0, count, axis=axis)
 
 
 def _traced(value: float | None, *, neutral: float = 1.0) -> Array | None:

@@ -29,8 +29,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax.core.typing import Apply, Array, Float, Int, Params, PRNGKeyArray
+from qjax.models.mesh import on_each_device
 from qjax.models.samplers import Row, Sampler, correct_prediction
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "draw_noise",
     "guided_prediction",
     "image_keys",
+    "noise_jit",
     "sample",
     "sample_jit",
     "to_images",
@@ -73,6 +76,16 @@ def draw_noise(
         return jax.random.normal(jax.random.fold_in(key, draw), shape, jnp.float32)
 
     return jax.vmap(one)(keys)
+
+
+def _noise_on(
+    keys: PRNGKeyArray, shape: tuple[int, ...], *, mesh: Mesh | None = None
+) -> Float[Array, "b h w c"]:
+    return on_each_device(mesh, lambda _, keys: draw_noise(keys, shape), (), keys)
+
+
+noise_jit = jax.jit(_noise_on, static_argnames=("shape", "mesh"))
+"""`draw_noise` as one program, on a mesh with the images cut over it."""
 
 
 def guided_prediction(
@@ -209,10 +222,54 @@ def sample(
     return x_0, trajectory
 
 
+def _sample_on(
+    apply: Apply,
+    params: Params,
+    sampler: Sampler,
+    rows: Row,
+    x_T: Float[Array, "b h w c"],
+    labels: Any = None,
+    null_labels: Any = None,
+    *,
+    keys: PRNGKeyArray,
+    entries: Mapping[str, Any] | None = None,
+    guidance_scale: float | Array | None = None,
+    guidance_rescale: float | Array | None = None,
+    guidance_channels: int | None = None,
+    return_trajectory: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
+    def run(whole: Any, split: Any) -> tuple[Array, Trajectory | None]:
+        params, rows, entries, scale, rescale = whole
+        x_T, labels, null_labels, keys = split
+        return sample(
+            apply,
+            params,
+            sampler,
+            rows,
+            x_T,
+            labels,
+            null_labels,
+            keys=keys,
+            entries=entries,
+            guidance_scale=scale,
+            guidance_rescale=rescale,
+            guidance_channels=guidance_channels,
+            return_trajectory=return_trajectory,
+        )
+
+    whole = (params, rows, entries, guidance_scale, guidance_rescale)
+    return on_each_device(mesh, run, whole, (x_T, labels, null_labels, keys), axes=(0, 1))
+
+
 sample_jit = jax.jit(
-    sample, static_argnames=("apply", "sampler", "guidance_channels", "return_trajectory")
+    _sample_on,
+    static_argnames=("apply", "sampler", "guidance_channels", "return_trajectory", "mesh"),
 )
-"""`sample` as one program, compiled for every static argument and shape."""
+"""`sample` as one program, compiled for every static argument and shape.
+
+With a `mesh` every device draws its part of the batch; arguments lie there already.
+"""
 
 
 def to_images(x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

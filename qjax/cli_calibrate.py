@@ -7,14 +7,12 @@ from typing import Any
 
 import qjax
 from qjax.calibrate.data import CalibrationSet
-from qjax.calibrate.pod import SHARDS, Pod, Weights, start
+from qjax.calibrate.pod import SHARDS, Pod, Weights
 from qjax.calibrate.recipe import RUN, Recipe, run
 from qjax.calibrate.spread import on_host
+from qjax.cli_mesh import MESH_BLOCK, MESH_DATA, MESH_WEIGHTS, PROCESSES, joined
 from qjax.cli_models import (
     BATCH,
-    MESH_BLOCK,
-    MESH_DATA,
-    MESH_WEIGHTS,
     MODEL,
     OUT_FOLDER,
     RECIPE,
@@ -25,7 +23,7 @@ from qjax.cli_models import (
     require_free,
     saved_words,
 )
-from qjax.cli_options import Command, Option, path, real, switch, text, whole
+from qjax.cli_options import Command, Option, path, real, text, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
 from qjax.loss_plot import save_losses
@@ -89,17 +87,11 @@ def chosen_pod(settings: SimpleNamespace) -> Pod | None:
     Raises:
       ValueError: If the mesh does not suit the devices.
     """
-    said = {name: getattr(settings, f"mesh.{name}") for name in MESH}
-    if all(value is None for value in said.values()) and not settings.distributed:
+    if not joined(settings):
         return None
-    if settings.distributed or said["coordinator"] is not None:
-        start(
-            coordinator=said["coordinator"],
-            processes=said["processes"],
-            process=said["process"],
-        )
-    weights: Weights = said["weights"] or "whole"
-    return Pod.of(data=said["data"], block=said["block"] or 1, weights=weights)
+    data, block = (getattr(settings, option.field) for option in (MESH_DATA, MESH_BLOCK))
+    weights: Weights = getattr(settings, MESH_WEIGHTS.field) or "whole"
+    return Pod.of(data=data, block=block or 1, weights=weights)
 
 
 def on_pod(recipe: Recipe, settings: SimpleNamespace, pod: Pod, output: Output) -> Recipe:
@@ -186,20 +178,6 @@ STEPS = Option(
 )
 ETA = Option(name="eta", read=real, metavar="E", help="share of fresh noise a step, 0 to 1")
 
-MESH = {
-    "data": MESH_DATA,
-    "block": MESH_BLOCK,
-    "weights": MESH_WEIGHTS,
-    "coordinator": Option(
-        name="mesh.coordinator",
-        read=text,
-        metavar="HOST:PORT",
-        help="the first process of several; TPU pods find it out with --distributed",
-    ),
-    "processes": Option(name="mesh.processes", read=whole(1), metavar="N", help="how many"),
-    "process": Option(name="mesh.process", read=whole(0), metavar="I", help="which one, from 0"),
-}
-
 COMMANDS = (
     Command(
         name="calibrate",
@@ -231,12 +209,10 @@ COMMANDS = (
                 name="iterations", read=whole(1), metavar="N", help="optimizer steps of every fit"
             ),
             SEED,
-            *MESH.values(),
-            Option(
-                name="distributed",
-                read=switch,
-                help="join the other processes of a TPU pod, which are started alike",
-            ),
+            MESH_DATA,
+            MESH_BLOCK,
+            MESH_WEIGHTS,
+            *PROCESSES,
             Option(
                 name="shards",
                 read=whole(1),

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+from qjax.cli_mesh import SPREAD, chosen_mesh
 from qjax.cli_models import MODEL, SEED, load_model
 from qjax.cli_options import Command, Option, path, text, texts, whole
 from qjax.cli_output import Output
@@ -27,6 +28,7 @@ def several(value: Any) -> list[str]:
 
 def run(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Scores with intervals, and a line on every metric that was left out."""
+    mesh = chosen_mesh(settings, output)
     model = load_model(settings.model, output)
     reference = None
     if settings.reference is not None:
@@ -51,6 +53,7 @@ def run(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             part_size=settings.part_size,
             resamples=settings.resamples,
             out=settings.out,
+            mesh=mesh,
             names=(short_name(settings.model), short_name(settings.reference or "")),
             on_progress=tell,
         )
@@ -130,7 +133,7 @@ COMMANDS = (
                 read=whole(1),
                 metavar="N",
                 default=64,
-                help="most pictures at a time; which pictures does not depend on it",
+                help="most pictures at a time, of every device; which does not depend on it",
             ),
             Option(
                 name="part-size",
@@ -151,6 +154,7 @@ COMMANDS = (
                 metavar="DIR",
                 help="folder to keep what was measured in; a run that was killed goes on there",
             ),
+            *SPREAD,
         ),
         example="qjax eval fashion-dit-w4a8 --reference fashion-dit --num-images 512",
     ),

@@ -5,12 +5,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import qjax
 from qjax import api, recipes, topology_plan
-from qjax.calibrate.pod import Weights
 from qjax.calibrate.recipe import Recipe, data_free_name
+from qjax.cli_mesh import MESH_BLOCK, MESH_DATA, MESH_WEIGHTS
 from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, text, whole
 from qjax.cli_output import Output, grid
 from qjax.core.config import QuantConfig
@@ -43,26 +43,11 @@ RECIPE = Option(
 SEED = Option(
     name="seed", read=whole(), metavar="N", default=0, help="number that all randomness comes from"
 )
-MESH_DATA = Option(
-    name="mesh.data", read=whole(1), metavar="N", help="devices that share the items"
-)
-MESH_BLOCK = Option(
-    name="mesh.block",
-    read=whole(1),
-    metavar="N",
-    help="devices that share alike blocks, fitted at once",
-)
 BATCH = Option(
     name="batch",
     read=whole(1),
     metavar="N",
     help="pictures that run at once while it is calibrated",
-)
-MESH_WEIGHTS = Option(
-    name="mesh.weights",
-    read=one_of(get_args(Weights)),
-    metavar="WORD",
-    help="whole: every device has the networks; sharded: a part of them, for large ones",
 )
 OUT_FOLDER = Option(
     name="out", read=path, metavar="DIR", required=True, help="folder to write into"

@@ -18,6 +18,7 @@ from qjax.calibrate.noise_correction import ENTRY
 from qjax.calibrate.noise_refit import refit, settings_of
 from qjax.calibrate.prompt_files import read_prompts
 from qjax.calibrate.recipe import recipe_of_run
+from qjax.cli_mesh import SPREAD, chosen_mesh
 from qjax.cli_models import MODEL, SEED, load_model
 from qjax.cli_options import (
     Command,
@@ -33,6 +34,7 @@ from qjax.cli_options import (
 from qjax.cli_output import Output
 from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import Float
+from qjax.models.mesh import batch_of, writes
 from qjax.models.pipeline import Pipeline
 from qjax.models.retargeting import retargeted
 from qjax.report_data import as_dict
@@ -107,6 +109,7 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     suffix = settings.out.suffix.lower()
     if suffix not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy; got {settings.out}.")
+    mesh = chosen_mesh(settings, output)
     pipe = load_model(settings.model, output)
     if settings.teacher is not None and not settings.retarget:
         raise ValueError("--teacher fits a noise correction again; it needs --retarget.")
@@ -121,6 +124,8 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     retargets: dict[str, str] = {}
     if settings.retarget:
         pipe, retargets = _retarget(pipe, settings, labels, prompts, output)
+    if mesh is not None:
+        pipe = pipe.on(mesh)
     count = settings.num_images or len(labels or prompts or [""])
     if labels is not None:
         labels = [labels[i % len(labels)] for i in range(count)]
@@ -140,14 +145,16 @@ def generate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         "retargeted": retargets,
         "qjax": qjax.__version__,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     scale = 1
     if suffix == ".png":
         scale = settings.scale or max(1, math.ceil(SHOWN_SIDE / max(samples.shape[1:3])))
-        _save_png(settings.out, samples, scale, said)
-    else:
-        with atomic_write(settings.out) as file:
-            np.save(file, samples)
+    if writes(mesh):
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".png":
+            _save_png(settings.out, samples, scale, said)
+        else:
+            with atomic_write(settings.out) as file:
+                np.save(file, samples)
     _, height, width, _ = samples.shape
     pictures = "picture" if count == 1 else "pictures"
     words = f"{count} {pictures} of {height} x {width} in {settings.out}"
@@ -209,7 +216,7 @@ def _draw(
     raw: bool,
 ) -> Float[np.ndarray, "b h w c"]:
     """Samples in batches of one size, so that one program draws them all."""
-    size = min(settings.batch_size, count)
+    size = batch_of(count, settings.batch_size, pipe.mesh)
     parts = []
     with output.progress("drawing") as tell:
         for start in range(0, count, size):
@@ -221,6 +228,7 @@ def _draw(
                 prompts=None if prompts is None else [prompts[i] for i in here],
                 negative_prompts=settings.negative,
                 num_images=size,
+                batch_size=settings.batch_size,
                 start_index=start,
                 steps=settings.steps,
                 guidance_scale=settings.guidance,
@@ -267,6 +275,7 @@ def _save_png(
 
 def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Two models from the same noise: a table, and a page with a grid of pictures."""
+    mesh = chosen_mesh(settings, output)
     a, b = (load_model(model, output) for model in (settings.model_a, settings.model_b))
     labels, prompts = label_numbers(settings.labels, a), prompt_lines(settings.prompts)
     with output.progress("comparing") as tell:
@@ -284,6 +293,7 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             sensitivity=settings.sensitivity,
             recipes=_recipe_of(settings.model_b),
             out=settings.out,
+            mesh=mesh,
             on_progress=tell,
         )
     output.say(report.summary_table(found), *found.notes)
@@ -366,8 +376,9 @@ COMMANDS = (
                 read=whole(1),
                 metavar="N",
                 default=64,
-                help="most pictures at a time",
+                help="most pictures at a time, of every device",
             ),
+            *SPREAD,
         ),
         example="qjax generate fashion-dit --labels 3,7 --guidance 2 --out pictures.png",
     ),
@@ -410,6 +421,7 @@ COMMANDS = (
                 default=False,
                 help="measure how much each layer alone changes the network's answers",
             ),
+            *SPREAD,
         ),
         example="qjax compare fashion-dit fashion-dit-w4a8 --guidance 2 --out report.html",
     ),

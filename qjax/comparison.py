@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax import report as pages
 from qjax import report_judge, zoo
@@ -26,6 +27,7 @@ from qjax.core.quantize import tree_bytes
 from qjax.core.serialize import flatten
 from qjax.kernels import tuning
 from qjax.layer_errors import output_sqnr, probe_of, weight_sqnr
+from qjax.models.mesh import batch_of, writes
 from qjax.models.pipeline import Pipeline
 from qjax.models.saving import with_digest
 from qjax.report_data import ComparisonReport, Timing, VariantResult
@@ -60,6 +62,7 @@ def compare(
     sensitivity: bool = False,
     recipes: Mapping[str, Recipe | str] | None = None,
     out: Path | str | None = None,
+    mesh: Mesh | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> ComparisonReport:
     """Hold quantized pipelines against the float one, from the same noise.
@@ -75,12 +78,13 @@ def compare(
       guidance_scale: Weight of classifier-free guidance; None for none.
       eta: Share of fresh noise.
       seed: Of the noise; image i is the same whatever else is drawn.
-      repeats: Timed runs behind every speed, all models in turn, of up to 64 pictures; 0 leaves
-        speed out.
+      repeats: Timed runs behind every speed, all models in turn, of up to 64 pictures a device;
+        0 leaves speed out.
       sensitivity: Whether to measure how much every layer alone changes the network's answers;
         what rounding did to its weights is always told.
       recipes: How variants were made, by name, as recipes or in words; the page tells.
       out: A `.html` file for the page; the picture grid is written beside it as `.png`.
+      mesh: Devices to spread the pictures over (`Pipeline.on`), which is timed then; None: one.
       on_progress: Called with work done, all work and what comes next.
 
     Returns:
@@ -99,7 +103,8 @@ def compare(
     n, labels = _images_and_labels(pipe, num_images, labels, prompts)
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
     settings |= {"labels": labels, "prompts": prompts, "num_images": n, "key": jax.random.key(seed)}
-    settings |= {"batch_size": min(BATCH, n)}
+    settings |= {"batch_size": BATCH}
+    drawing = {name: _on(mesh, one) for name, one in {"": pipe, **variants}.items()}
     total = 2 + len(variants) * (2 if sensitivity else 1) + repeats
 
     def tell(done: int, what: str) -> None:
@@ -107,15 +112,13 @@ def compare(
             on_progress(done, total, what)
 
     tell(0, "float images")
-    reference = _draw(pipe, settings)
+    reference = _draw(drawing[""], settings)
     drawn = {}
-    for i, (name, variant) in enumerate(variants.items()):
+    for i, name in enumerate(variants):
         tell(1 + i, f"{name} images")
-        drawn[name] = _draw(variant, settings)
+        drawn[name] = _draw(drawing[name], settings)
     first = 1 + len(variants)
-    timings = _time(
-        pipe, variants, settings, repeats, lambda i: tell(first + i, f"speed, round {i + 1}")
-    )
+    timings = _time(drawing, settings, repeats, lambda i: tell(first + i, f"speed, round {i + 1}"))
     effects: dict[str, dict[str, float]] = {}
     if sensitivity:
         probe = _probe(pipe, reference, settings)
@@ -144,7 +147,7 @@ def compare(
     report = ComparisonReport(
         title=f"{model_name(pipe)}: float and quantized",
         model=_model_words(pipe),
-        device=device_words(),
+        device=device_words(mesh),
         sampler=_sampler_words(pipe, steps, guidance_scale, eta),
         versions=(("qjax", __version__), ("jax", jax.__version__)),
         seeds=tuple(shown),
@@ -157,7 +160,7 @@ def compare(
         worst_shown=worst,
         notes=report_judge.notes(n) if is_zoo(pipe) else (),
     )
-    if out is not None:
+    if out is not None and writes(mesh):
         page = Path(out)
         page.parent.mkdir(parents=True, exist_ok=True)
         pages.save_html(report, page)
@@ -238,6 +241,10 @@ class _Drawn(NamedTuple):
     probed: np.ndarray
 
 
+def _on(mesh: Mesh | None, pipe: Pipeline) -> Pipeline:
+    return pipe if mesh is None else pipe.on(mesh)
+
+
 def _draw(pipe: Pipeline, settings: Mapping[str, Any]) -> _Drawn:
     x_0, trajectory = pipe(**settings, output="latent", return_trajectory=True)
     x_t = np.asarray(trajectory.x_t)
@@ -279,18 +286,23 @@ def _shown_first(scores: Sequence[np.ndarray]) -> tuple[list[int], int]:
 
 
 def _time(
-    pipe: Pipeline,
-    variants: Mapping[str, Pipeline],
+    pipes: Mapping[str, Pipeline],
     settings: Mapping[str, Any],
     repeats: int,
     on_round: Callable[[int], None],
 ) -> dict[str, Timing]:
-    """Median seconds a step of all, run in turn; the programs are compiled already."""
+    """Median seconds a step of all, run in turn; the programs are compiled already.
+
+    Args:
+      pipes: By name; the float one's is empty.
+      settings: Of the calls.
+      repeats: Rounds.
+      on_round: Told of each.
+    """
     if not repeats:
         return {}
-    pipes = {"": pipe, **variants}
-
-    batch = settings["batch_size"]
+    n = settings["num_images"]
+    batch = min(n, batch_of(n, settings["batch_size"], pipes[""].mesh))
     asked = {**settings, **_first(settings, batch), "num_images": batch}
 
     def run(one: Pipeline) -> Any:
@@ -306,7 +318,8 @@ def _time(
             batch=batch,
             repeats=repeats,
         )
-        for name in variants
+        for name in pipes
+        if name
     }
 
 
@@ -405,9 +418,11 @@ def is_zoo(pipe: Pipeline) -> bool:
     return model_name(pipe) in zoo.names() and pipe.image_shape == (32, 32, 1)
 
 
-def device_words() -> str:
-    """The device that programs run on."""
+def device_words(mesh: Mesh | None = None) -> str:
+    """The device that programs run on, or those of a mesh."""
     device = jax.devices()[0]
+    if mesh is not None and mesh.size > 1:
+        return f"{mesh.size} devices, each {device_words()}"
     if device.platform != "cpu":
         return device.device_kind
     return f"{tuning.processor()} (CPU, {os.cpu_count()} cores, {platform.machine()})"

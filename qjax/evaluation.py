@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from qjax._version import __version__
 from qjax.comparison import device_words, is_zoo, model_name
 from qjax.core.metrics import FeatureStatistics
@@ -39,6 +41,7 @@ from qjax.evaluation_parts import Parts
 from qjax.evaluation_pictures import Folder, fingerprint, folder_of, read_statistics
 from qjax.evaluation_scores import Against, Scoring, draws_of_sets, scores
 from qjax.models import inception as inception_net
+from qjax.models.mesh import batch_of
 from qjax.models.pipeline import Pipeline
 from qjax.models.weight_files import file_sha256
 from qjax.report_layers import how_quantized
@@ -73,6 +76,7 @@ def evaluate(
     part_size: int = 256,
     resamples: int | None = None,
     out: Path | str | None = None,
+    mesh: Mesh | None = None,
     names: tuple[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -96,14 +100,16 @@ def evaluate(
       guidance_scale: Weight of classifier-free guidance; None for none.
       eta: Share of fresh noise.
       seed: Of the noise; picture i is the same whatever else is drawn.
-      batch_size: Most pictures at a time, `part_size` at most; what is drawn does not depend
-        on it.
+      batch_size: Most pictures at a time, on a mesh of every device; what is drawn does not
+        depend on it. All of a part, `part_size`, at most.
       part_size: Pictures of which a run that is killed may lose the work.
       resamples: Of the intervals of sets of pictures. None: 200, for `fid` and `sfid` 20, because
         a Frechet distance of features as wide as Inception's takes seconds; 0 for no such
         intervals.
       out: Folder that keeps what was measured; the same run goes on there, and
-        `evaluation.json` is the result. None keeps nothing.
+        `evaluation.json` is the result. None keeps nothing. Several processes all have to see it.
+      mesh: Devices to spread the pictures over (`Pipeline.on`); what was drawn is measured on one.
+        None draws on one, too. Of several processes all call this alike, and all get the scores.
       names: What to call model and reference.
       on_progress: Called with pictures done, all pictures, and what comes next.
 
@@ -146,16 +152,22 @@ def evaluate(
         "num_images": n,
         "part_size": part_size,
     }
-    parts = Parts(None if out is None else Path(out), claim | settings)
+    parts = Parts(None if out is None else Path(out), claim | settings, mesh=mesh)
+    pipes = {"a": pipe} | ({} if reference is None else {"b": reference})
+    if mesh is not None:
+        pipes = {side: one.on(mesh) for side, one in pipes.items()}
+    drawn_at_once = batch_of(min(part_size, n), batch_size, mesh)
     measuring = Measuring(
-        pipes={"a": pipe} | ({} if reference is None else {"b": reference}),
+        pipes=pipes,
         choice=choice,
         nets=nets,
         settings=settings | {"labels": labels, "prompts": prompts},
-        batch_size=min(batch_size, part_size, n),
+        drawn_at_once=drawn_at_once,
+        batch_size=drawn_at_once // (1 if mesh is None else mesh.size),
         part_size=part_size,
     )
     measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
+    parts.complete()
     own, other = _names(names, pipe, reference)
     scoring = Scoring(
         model=own,
@@ -174,11 +186,11 @@ def evaluate(
         told=_told(labels, prompts),
         nets=used,
         resamples=draws_of_sets(scoring),
-        device=device_words(),
+        device=device_words(mesh),
         versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
         **settings,
     )
-    if out is not None:
+    if out is not None and parts.writes:
         _write(Path(out) / RESULT, evaluation)
     return evaluation
 

@@ -30,6 +30,7 @@ class Measuring:
     choice: Choice
     nets: Nets
     settings: Mapping[str, Any]
+    drawn_at_once: int
     batch_size: int
     part_size: int
 
@@ -62,8 +63,22 @@ class Measuring:
         return found
 
     def batch(self, numbers: Sequence[int], count: int) -> dict[str, np.ndarray]:
-        """What is kept of the pictures of these numbers, of which `count` are no repetitions."""
+        """What is kept of the pictures of these numbers, of which `count` are no repetitions.
+
+        They are measured in batches of what one device draws, so that measurements do not depend
+        on how many devices there are.
+        """
         drawn = {side: draw(pipe, numbers, **self.settings) for side, pipe in self.pipes.items()}
+        rows = []
+        for start in range(0, count, self.batch_size):
+            here = slice(start, start + self.batch_size)
+            rows.append(self.kept({side: x[here] for side, x in drawn.items()}, numbers[here]))
+        return {key: found[:count] for key, found in _joined(rows).items()}
+
+    def kept(
+        self, drawn: Mapping[str, UInt8[np.ndarray, "b h w c"]], numbers: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """What is kept of pictures of both sides."""
         kept: dict[str, np.ndarray] = {}
         for side, images in drawn.items():
             kept |= {f"{side}/{key}": rows for key, rows in self.looks(images).items()}
@@ -74,7 +89,7 @@ class Measuring:
                 kept[f"{side}/clip"] = np.asarray(found, np.float64)
         if "b" in drawn:
             kept |= self.pairs(drawn["a"], drawn["b"])
-        return {key: rows[:count] for key, rows in kept.items()}
+        return kept
 
 
 def measure(
@@ -82,7 +97,7 @@ def measure(
 ) -> None:
     """Have all parts: of the models' pictures, and of the folder's."""
     of_folder = 0 if folder is None else len(folder.files)
-    size, step, total = measuring.part_size, measuring.batch_size, n + of_folder
+    size, step, total = measuring.part_size, measuring.drawn_at_once, n + of_folder
     for begin in range(0, n, size):
         end = min(begin + size, n)
 
@@ -100,7 +115,7 @@ def measure(
         def look(begin: int = begin, end: int = end) -> dict[str, np.ndarray]:
             assert folder is not None
             rows = []
-            for numbers, count in batches(begin, end, step):
+            for numbers, count in batches(begin, end, measuring.batch_size):
                 tell(n + numbers[0], total, f"file {numbers[0]:,} of {of_folder:,}")
                 found = measuring.looks(folder.read(numbers))
                 rows.append({f"r/{key}": value[:count] for key, value in found.items()})

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
+from qjax.models.mesh import agree, wait, writes
 
 __all__ = ["Parts"]
 
@@ -32,18 +34,26 @@ class Parts:
     Args:
       folder: Where they are kept; None keeps them in memory.
       claim: What the run is of, in values of JSON; all of it must be that of the folder.
+      mesh: Of a run that is spread over processes: the first decides what is there and writes,
+        and all of them have to see the folder.
 
     Raises:
       ValueError: If the folder belongs to another run, or is no folder for a run.
     """
 
-    def __init__(self, folder: Path | None, claim: Mapping[str, Any]):
+    def __init__(self, folder: Path | None, claim: Mapping[str, Any], *, mesh: Mesh | None = None):
         self.folder = folder
+        self.mesh = mesh
+        self.writes = writes(mesh)
         self._names: list[str] = []
         self._kept: dict[str, Arrays] = {}
         self._claim: dict[str, Any] = json.loads(json.dumps(claim))
-        if folder is not None:
+        if folder is None:
+            return
+        try:
             self._is_ours(folder)
+        finally:
+            wait("claim of an evaluation", mesh)  # before anybody writes it
 
     def part(self, name: str, rows: int, make: Callable[[], Mapping[str, np.ndarray]]) -> bool:
         """Have the part, made now or in an earlier run; whether it was made now.
@@ -58,11 +68,11 @@ class Parts:
             in the meantime.
         """
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        if path is None or not path.exists():
+        if path is None or not agree(path.exists(), self.mesh):
             arrays = {key: np.asarray(value) for key, value in make().items()}
             if path is None:
                 self._kept[name] = arrays
-            else:
+            elif self.writes:
                 self._take(path.parent)
                 write_tensors(path, arrays)
             self._names.append(name)
@@ -71,6 +81,16 @@ class Parts:
             raise ValueError(f"{path} must hold {rows} rows; {', '.join(wrong)} do not. Remove it.")
         self._names.append(name)
         return False
+
+    def complete(self) -> None:
+        """After the last part: what the first process has written is there for all to read.
+
+        Raises:
+          ValueError: If this process does not see it.
+        """
+        wait("parts of an evaluation", self.mesh)
+        if self.folder is not None and not (self.folder / RUN).exists():
+            raise ValueError(f"all processes must see one folder; {self.folder} is not there.")
 
     def stream(self, key: str) -> Iterator[np.ndarray]:
         """The rows of `key`, part by part, in the order the parts were asked for."""
