@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qjax.cli_models import MODEL, SEED, load_model
-from qjax.cli_options import Command, Option, path, text, texts, whole
+from qjax.cli_options import Command, Option, path, place, text, texts, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import (
     ETA,
@@ -147,7 +147,7 @@ COMMANDS = (
             ),
             Option(
                 name="out",
-                read=path,
+                read=place,
                 metavar="DIR",
                 help="folder to keep what was measured in; a run that was killed goes on there",
             ),

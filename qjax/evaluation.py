@@ -19,6 +19,7 @@ FID between a quantized model's pictures and those of the float model from the s
 papers on quantization call FID to float; it is the `fid` against a reference model here.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +35,8 @@ from qjax._version import __version__
 from qjax.comparison import device_words, is_zoo, model_name
 from qjax.core import metrics as core
 from qjax.core.metrics import FeatureStatistics
+from qjax.core.mirror import mirrored
+from qjax.core.places import is_remote, local_path
 from qjax.core.safetensors_io import atomic_write
 from qjax.core.typing import UInt8
 from qjax.evaluation_choice import METRICS, Choice, Given, choose
@@ -47,7 +50,7 @@ from qjax.evaluation_nets import (
     zoo_net,
     zoo_probe,
 )
-from qjax.evaluation_parts import Parts
+from qjax.evaluation_parts import RUN, Parts
 from qjax.evaluation_pictures import (
     Folder,
     batches,
@@ -124,8 +127,8 @@ def evaluate(
       part_size: Pictures of which a run that is killed may lose the work.
       resamples: Of the intervals of sets of pictures. None: 200, for features of more than 256
         numbers 20, because a Frechet distance of such takes seconds; 0 for no such intervals.
-      out: Folder that keeps what was measured; the same run goes on there, and
-        `evaluation.json` is the result. None keeps nothing.
+      out: Folder that keeps what was measured, here or in a bucket; the same run goes on there,
+        and `evaluation.json` is the result. None keeps nothing.
       names: What to call model and reference.
       on_progress: Called with pictures done, all pictures, and what comes next.
 
@@ -167,42 +170,52 @@ def evaluate(
         "num_images": n,
         "part_size": part_size,
     }
-    parts = Parts(None if out is None else Path(out), claim | settings)
-    measuring = _Measuring(
-        pipes={"a": pipe} | ({} if reference is None else {"b": reference}),
-        choice=choice,
-        nets=nets,
-        settings=settings | {"labels": labels, "prompts": prompts},
-        batch_size=min(batch_size, part_size, n),
-        part_size=part_size,
-    )
-    _measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
-    own, other = names or _names(pipe, reference)
-    evaluation = Evaluation(
-        model=own,
-        reference=None if reference is None else other,
-        images=None if images is None else str(images),
-        scores=scores(
-            parts,
-            Scoring(
-                model=own,
-                reference=None if reference is None else other,
-                sets=_sets(choice, reference, other, pictures),
-                choice=choice,
-                resamples=resamples,
+    with contextlib.ExitStack() as stack:
+        folder, mirror = None, None
+        if out is not None and is_remote(out):
+            mirror = stack.enter_context(mirrored(out, holds=RUN))
+            mirror.get(mirror.local)
+            folder = mirror.local
+        elif out is not None:
+            folder = local_path(out)
+        parts = Parts(folder, claim | settings, mirror)
+        measuring = _Measuring(
+            pipes={"a": pipe} | ({} if reference is None else {"b": reference}),
+            choice=choice,
+            nets=nets,
+            settings=settings | {"labels": labels, "prompts": prompts},
+            batch_size=min(batch_size, part_size, n),
+            part_size=part_size,
+        )
+        _measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
+        own, other = names or _names(pipe, reference)
+        evaluation = Evaluation(
+            model=own,
+            reference=None if reference is None else other,
+            images=None if images is None else str(images),
+            scores=scores(
+                parts,
+                Scoring(
+                    model=own,
+                    reference=None if reference is None else other,
+                    sets=_sets(choice, reference, other, pictures),
+                    choice=choice,
+                    resamples=resamples,
+                ),
             ),
-        ),
-        left_out=choice.left_out,
-        num_images=n,
-        told=_told(labels, prompts),
-        nets=used,
-        resamples={m: draws_of(resamples, _WIDTHS.get(k, 0)) for m, k in choice.keys.items()},
-        device=device_words(),
-        versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        **settings,
-    )
-    if out is not None:
-        _write(Path(out) / RESULT, evaluation)
+            left_out=choice.left_out,
+            num_images=n,
+            told=_told(labels, prompts),
+            nets=used,
+            resamples={m: draws_of(resamples, _WIDTHS.get(k, 0)) for m, k in choice.keys.items()},
+            device=device_words(),
+            versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
+            **settings,
+        )
+        if folder is not None:
+            _write(folder / RESULT, evaluation)
+        if mirror is not None:
+            mirror.push()
     return evaluation
 
 
@@ -258,7 +271,7 @@ class _Pictures:
 def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
     if images is None:
         return _Pictures()
-    path = Path(images)
+    path = local_path(images)
     if path.suffix == ".npz":
         statistics = read_statistics(path)
         return _Pictures(name=path.name, statistics=statistics, digest=file_sha256(path)[:16])

@@ -4,7 +4,7 @@ Pictures are done in parts of one size, counted from 0, whatever the batch. Of a
 and features of each picture stay: in a file that appears when it is whole, or in memory. A run that
 was killed goes on at the part it was in and ends with the same numbers. Two jobs that write into
 one folder at once do each other no harm, but each draws what it does not find: their parts are
-equal.
+equal. In a bucket there is one job at a time (`qjax/core/mirror.py`).
 
 `run.json` says whose run the folder is; another run is refused, and the differences named.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.core.mirror import Mirror
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 
 __all__ = ["Parts"]
@@ -30,13 +31,14 @@ class Parts:
     Args:
       folder: Where they are kept; None keeps them in memory.
       claim: What the run is of, in values of JSON; all of it must be that of the folder.
+      mirror: Of the bucket that the folder stands for; None: it stands for itself.
 
     Raises:
       ValueError: If the folder belongs to another run, or is no folder for a run.
     """
 
-    def __init__(self, folder: Path | None, claim: Mapping[str, Any]):
-        self.folder = folder
+    def __init__(self, folder: Path | None, claim: Mapping[str, Any], mirror: Mirror | None = None):
+        self.folder, self._mirror = folder, mirror
         self._names: list[str] = []
         self._kept: dict[str, Arrays] = {}
         if folder is not None:
@@ -60,6 +62,7 @@ class Parts:
                 self._kept[name] = arrays
             else:
                 write_tensors(path, arrays)
+                self._push()
             self._names.append(name)
             return True
         if wrong := [key for key, t in open_tensors(path).items() if t.shape[0] != rows]:
@@ -90,6 +93,10 @@ class Parts:
             raise KeyError(f"no part holds {key!r}.")
         return np.concatenate(found)
 
+    def _push(self) -> None:
+        if self._mirror is not None:
+            self._mirror.push()
+
     def _claim(self, folder: Path, mine: Mapping[str, Any]) -> None:
         path = folder / RUN
         if not path.exists():
@@ -98,6 +105,7 @@ class Parts:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write((json.dumps(mine, indent=1) + "\n").encode())
+            self._push()
             return
         try:
             theirs = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -105,8 +113,9 @@ class Parts:
             raise ValueError(f"{path} is not what a run has written. Use another folder.") from None
         keys = sorted(mine.keys() | theirs.keys())
         if wrong := [key for key in keys if theirs.get(key) != mine.get(key)]:
+            named = folder if self._mirror is None else self._mirror.url
             raise ValueError(
-                f"{folder} belongs to another run: "
+                f"{named} belongs to another run: "
                 + ", ".join(
                     f"{k} {_short(theirs.get(k))}, now {_short(mine.get(k))}" for k in wrong
                 )
