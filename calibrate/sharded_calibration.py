@@ -43,7 +43,7 @@ class ShardedCalibration(Calibration):
         assert self.settings.shards is not None
         self.pod, self.shards = pod, self.settings.shards
         self.ordered = self.settings.reduction == "ordered"
-        self.states = States(self.work.folder, pod)
+        self.states = States(self.work.shared, pod)
         pod.check(self.shards)
 
     def _roll_out(
