@@ -31,6 +31,11 @@ class States:
         # Of one in a bucket `absolute` would make a local one.
         here = folder.absolute() if isinstance(folder, Path) else folder
         self.folder = None if here is None else epath.Path(here)
+        if here is not None and not isinstance(here, Path):
+            import fsspec
+
+            # Else a process would not see what another one has written since it last looked.
+            fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         self.pod = pod
         self._is_whole = ocp.utils.is_checkpoint_finalized
         self._checkpointer = ocp.StandardCheckpointer()

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,40 @@ with mirrored("gs://bucket/job", holds="run.json") as mirror:
         print("refused:", error)
 print("all files agree")
 """
+# Processes with two devices each keep states, and say what another job finds.
+STATES = """
+import os, sys
+what, port, processes, process = sys.argv[1], *map(int, sys.argv[2:])
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, numpy as np
+from etils import epath
+from qjax.calibrate.pod import BLOCK, Pod, start
+from qjax.calibrate.states import States
+
+if processes > 1:
+    start(coordinator=f"127.0.0.1:{port}", processes=processes, process=process)
+pod = Pod.of(data=1, block=2 * processes)
+states = States(epath.Path("gs://bucket/run/parts"), pod)
+made = lambda n: pod.put({"a": np.arange(4.0) + n, "b": {"c": np.full((4, 3), n)}}, BLOCK)
+if what == "keep":
+    assert states.last("fit") is None
+    for n in (4, 8, 12):
+        states.keep("fit", n, made(n))
+    states.keep("other", 4, made(4))
+    states.finish()
+else:
+    assert states.last("fit") == 8, states.last("fit")
+    found = pod.get(states.read("fit", 8, made(0)))
+    np.testing.assert_array_equal(found["a"], np.arange(4.0) + 8)
+    np.testing.assert_array_equal(found["b"]["c"], np.full((4, 3), 8))
+    states.keep("fit", 12, made(13))
+    states.finish()
+    assert states.last("fit") == 12
+    assert pod.get(states.read("fit", 12, made(0)))["a"][0] == 13
+    states.drop("fit")
+    assert states.last("fit") is None and states.last("other") == 4
+print("all states agree")
+"""
 
 
 @pytest.fixture
@@ -68,14 +103,15 @@ def pod(gcs, dit, tmp_path):
     return store, environment | quick
 
 
-def begin(tmp_path, environment, out, devices, data, block, processes=1):
-    """The processes of a job, each in an empty folder of its own, started."""
-    import socket
-
+def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    jobs = []
+        return one.getsockname()[1]
+
+
+def begin(tmp_path, environment, out, devices, data, block, processes=1):
+    """The processes of a job, each in an empty folder of its own, started."""
+    port, jobs = free_port(), []
     for process in range(processes):
         words = [out, devices, data, block]
         words += [port, processes, process] if processes > 1 else []
@@ -107,10 +143,15 @@ def wait(jobs, seconds=900):
 
 def until(there, jobs, seconds=600):
     end = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < end, "the job did not come so far"
-        assert all(job.poll() is None for job in jobs), "the job ended before"
-        time.sleep(0.05)
+    try:
+        while not there():
+            assert time.monotonic() < end, "the job did not come so far"
+            assert all(job.poll() is None for job in jobs), "the job ended before"
+            time.sleep(0.05)
+    except BaseException:
+        for job in jobs:
+            job.kill()
+        raise
 
 
 def final_of(store):
@@ -127,6 +168,37 @@ def test_gcsfs_reads_and_writes_what_the_local_disk_does(gcs):
     )
     assert "all files agree" in done.stdout, done.stderr[-3000:]
     assert "refused: [Errno 11] gs://bucket/job is being written by process" in done.stdout
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
+def test_states_that_processes_kept_in_a_bucket_others_read_and_what_was_broken_off_is_none(
+    gcs, tmp_path, writers, readers
+):
+    store, environment = gcs
+
+    def job(what, processes):
+        words = [sys.executable, "-c", STATES, what, str(free_port()), str(processes)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        jobs = [
+            subprocess.Popen([*words, str(process)], env=environment, cwd=tmp_path, **streams)
+            for process in range(processes)
+        ]
+        try:
+            for one in jobs:
+                out, err = one.communicate(timeout=300)
+                assert "all states agree" in out, err[-3000:]
+        finally:
+            for one in jobs:
+                one.kill()
+
+    job("keep", writers)
+    folder = "run/parts/fit-state-"
+    kept = {name.removeprefix(folder).split("/")[0] for name in store.names("bucket")}
+    assert {"8", "12"} <= kept and "4" not in kept
+    # As if the last one had been broken off before its end.
+    del store.objects["bucket", f"{folder}12/commit_success.txt"]
+    job("read", readers)
+    assert not any(name.startswith(folder) for name in store.names("bucket"))
 
 
 def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk_though_killed(pod, tmp_path):
