@@ -232,7 +232,8 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk_though_kil
 def test_told_to_stop_all_processes_keep_what_they_have_in_the_bucket(pod, tmp_path):
     store, environment = pod
     jobs = begin(tmp_path, environment, OUT, 2, 4, 1, processes=2)
-    until(lambda: any(n.endswith(".safetensors") for n in store.names("bucket")), jobs)
+    is_part = lambda name: name.startswith(PARTS) and name.endswith(".safetensors")
+    until(lambda: any(map(is_part, store.names("bucket"))), jobs)
     jobs[1].send_signal(signal.SIGTERM)
     log = tmp_path / "log"
     assert wait(jobs) == [143, 143], log.read_text()[-4000:]
