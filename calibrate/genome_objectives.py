@@ -26,6 +26,7 @@ from qjax.calibrate.genome_forward import Candidates
 from qjax.calibrate.rollout import Items
 from qjax.calibrate.similarity import load_feature_net
 from qjax.core.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from qjax.core.places import local_path
 from qjax.core.safetensors_io import open_tensors
 from qjax.core.typing import Array, Float, Int
 from qjax.models.features import penultimate
@@ -236,7 +237,7 @@ def load_reference(folder: Path | str, *, name: str = "test") -> FeatureStatisti
     Raises:
       ValueError: If it holds none.
     """
-    path = Path(folder) / REFERENCE
+    path = local_path(folder) / REFERENCE
     keys = [f"{name}/{part}" for part in ("mean", "cov", "n")]
     tensors = open_tensors(path) if path.exists() else {}
     if any(key not in tensors for key in keys):

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qjax.core.places import local_path
+
 FIELDS = ("prompt", "caption", "text")
 DELIMITERS = {".tsv": "\t", ".csv": ","}
 
@@ -29,7 +31,7 @@ def read_prompts(path: Path | str) -> tuple[str, ...]:
     Raises:
       ValueError: If there is none, the file is not UTF-8, or not what its ending says.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

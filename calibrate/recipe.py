@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,8 +27,11 @@ from qjax.calibrate.programs import drop_programs
 from qjax.calibrate.work import OnEvent, Work
 from qjax.core.config import QuantConfig
 from qjax.core.locks import locked
+from qjax.core.mirror import Mirror, mirrored
+from qjax.core.places import is_remote, local_path
 from qjax.core.plain_json import read_json
 from qjax.core.quantize import quantize
+from qjax.core.remote import RemoteFolder
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 from qjax.core.serialize import flatten, params_digest
 from qjax.core.typing import Params, PRNGKeyArray
@@ -193,7 +197,7 @@ def run(
     pipe: Pipeline,
     recipe: Recipe,
     *,
-    out: Path | str | None = None,
+    out: Path | str | Mirror | None = None,
     resume: bool = True,
     seed: int = 0,
     on_stage: Callable[[int, int, str], None] | None = None,
@@ -205,10 +209,10 @@ def run(
     Args:
       pipe: The float pipeline.
       recipe: What to do.
-      out: Folder for the result of every stage, and for the parts of the one at hand; None keeps
-        nothing. Of a pipeline without a source (`from_apply`), which cannot be saved, the parts
-        of all stages stay there instead, and the same call, given the same `apply` again, reads
-        them.
+      out: Folder for the result of every stage, of this machine or in a bucket, `gs://...`, or
+        what `opened` gives of one, and for the parts of the stage at hand; None keeps nothing. Of a
+        pipeline without a source (`from_apply`), which cannot be saved, the parts of all stages
+        stay there instead, and the same call, given the same `apply` again, reads them.
       resume: Whether to go on after the last stage whose result lies in `out`.
       seed: Of all randomness; each stage has a key of its own, by its position.
       on_stage: Progress: called with the stages done, all stages, and the next one's name.
@@ -216,7 +220,7 @@ def run(
         are also in the `log.jsonl` of the folder of a stage's parts.
       pod: Devices that stages with `shards` run on; what the other stages do every process does
         for itself. All processes of a pod call this alike, and `out` is a folder that all of
-        them see. None: the default device.
+        them see, in a bucket for example. None: the default device.
 
     Returns:
       The quantized pipeline; with `out` it is also saved there, in `out/final`, if it has a
@@ -226,14 +230,15 @@ def run(
       ValueError: If `out` holds the stages of another recipe, seed or model, the source of `pipe`
         names a network without a port, or a stage's settings do not suit it; before anything is
         computed.
-      BlockingIOError: If another process is at work in `out`; the message says which.
+      BlockingIOError: If another process is at work in `out`; the message says which. Of buckets
+        `qjax.core.mirror` says how far that is sure.
+      OSError: If a bucket cannot be read or written; what is done is kept there.
       Preempted: If the process is told to stop (SIGTERM); what is done is kept.
     """
     for stage in recipe.stages:
         check = getattr(stage, "check", None)
         if check is not None:
             check(pipe)
-    folder = None if out is None else Path(out)
     claim: dict[str, Any] = {}
     settings: dict[str, Any] = {
         "resume": resume,
@@ -244,18 +249,48 @@ def run(
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemptible())
-        if folder is not None:
+        if out is not None:
             claim = _claim_of(pipe, recipe, seed)  # fails before the folder is made
-            _check_claim(folder, claim)
+        mirror, folder = None, None
+        if isinstance(out, Mirror):
+            mirror = out
+        elif out is not None and is_remote(out):
+            mirror = stack.enter_context(opened(out, pod))
+        elif out is not None:
+            folder = local_path(out)
+        if mirror is not None:
+            folder = mirror.local
+        if folder is not None:
+            _check_claim(folder, claim, mirror)
             if pod is None or pod.writes:
                 stack.enter_context(locked(folder))
-        return _run(pipe, recipe, folder, claim, **settings)
+        return _run(pipe, recipe, folder, mirror, claim, **settings)
+
+
+def opened(
+    url: str | os.PathLike[str], pod: Pod | None = None
+) -> contextlib.AbstractContextManager[Mirror]:
+    """The mirror of a run's folder in a bucket, for a `with` block; `run` takes it as `out`.
+
+    Raises:
+      ValueError: If the folder holds something else than a run, or `pod` is given and it is not
+        in `gs://`, where alone its states can be kept.
+      BlockingIOError: If another job is at work there.
+    """
+    if pod is None:
+        return mirrored(url, holds=RUN)
+    if not os.fspath(url).startswith("gs://"):
+        raise ValueError(
+            f"on a mesh the folder must be one that all hosts see or begin with gs://; got {url}."
+        )
+    return mirrored(url, holds=RUN, writes=pod.writes, wait=pod.wait)
 
 
 def _run(
     pipe: Pipeline,
     recipe: Recipe,
     folder: Path | None,
+    mirror: Mirror | None,
     claim: Mapping[str, Any],
     *,
     resume: bool,
@@ -269,8 +304,14 @@ def _run(
     saves = folder is not None and writes and pipe.source is not None
     total, done, student, floats = len(recipe.stages), 0, None, None
     if folder is not None:
-        _check_claim(folder, claim)  # again: another run may have had the folder until just now
-        done, student = _furthest(folder, recipe) if resume else (0, None)
+        # Again: another run may have had the folder until just now.
+        _check_claim(folder, claim, mirror)
+        done, student = _furthest(folder, recipe, mirror) if resume else (0, None)
+        if mirror is not None:
+            if done:
+                mirror.get(_floats_file(folder, recipe, done - 1))
+            for i in range(total):
+                mirror.get(_parts_folder(folder, recipe, i))
         floats = _read_floats(folder, recipe, done - 1)
         _wait(pod, "claimed")
     if student is None:
@@ -280,31 +321,44 @@ def _run(
         with atomic_write(folder / RUN) as file:
             file.write((json.dumps(claim, indent=1) + "\n").encode())
         for i in range(done):
-            _remove_parts(folder / f"{_stage_folder(recipe, i)}-parts")
+            _remove_parts(_parts_folder(folder, recipe, i))
+        for i in range(done - 1):  # a run that was killed may not have come to this
+            floats_file = _floats_file(folder, recipe, i)
+            floats_file.unlink(missing_ok=True)
+            if mirror is not None:
+                mirror.drop(floats_file)
+        _push(mirror)
     state = State(teacher=pipe, student=student, floats=floats)
     key = jax.random.key(seed)
     for i in range(done, total):
         stage = recipe.stages[i]
         if on_stage is not None:
             on_stage(i, total, type(stage).__name__)
-        parts = None if folder is None else folder / f"{_stage_folder(recipe, i)}-parts"
+        parts = None if folder is None else _parts_folder(folder, recipe, i)
         if parts is not None and not resume and writes:
             _remove_parts(parts)
         _wait(pod, f"stage {i}")
         drop_programs()
-        state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event, pod))
+        state = stage.run(state, jax.random.fold_in(key, i), Work(parts, on_event, pod, mirror))
         if folder is not None and saves:
             _write_floats(folder, recipe, i, state.floats)
             state.student.save(folder / _stage_folder(recipe, i))
             if i > 0:
                 _floats_file(folder, recipe, i - 1).unlink(missing_ok=True)
             _remove_parts(parts)
+            _push(mirror)
     if on_stage is not None:
         on_stage(total, total, "done")
     if folder is not None and saves:
         state.student.save(folder / "final")
+        _push(mirror)
     _wait(pod, "done")
     return state.student
+
+
+def _push(mirror: Mirror | None) -> None:
+    if mirror is not None:
+        mirror.push()
 
 
 def _wait(pod: Pod | None, name: str) -> None:
@@ -341,6 +395,10 @@ def _stage_folder(recipe: Recipe, i: int) -> str:
     return f"stage-{i}-{type(recipe.stages[i]).__name__.lower()}"
 
 
+def _parts_folder(folder: Path, recipe: Recipe, i: int) -> Path:
+    return folder / f"{_stage_folder(recipe, i)}-parts"
+
+
 def _claim_of(pipe: Pipeline, recipe: Recipe, seed: int) -> dict[str, Any]:
     """What a run's folder is for; fails for pipelines that no folder could hold."""
     settings = {"recipe": recipe.digest(), "name": recipe.name, "seed": seed}
@@ -352,9 +410,10 @@ def _claim_of(pipe: Pipeline, recipe: Recipe, seed: int) -> dict[str, Any]:
     return settings | {"model": source.name, "params": source.sha256}
 
 
-def _check_claim(out: Path, mine: Mapping[str, Any]) -> None:
+def _check_claim(out: Path, mine: Mapping[str, Any], mirror: Mirror | None) -> None:
     """That the folder is new, or for this run."""
     path = out / RUN
+    named = out if mirror is None else mirror.url
     if not path.exists():
         return
     try:
@@ -363,25 +422,32 @@ def _check_claim(out: Path, mine: Mapping[str, Any]) -> None:
         raise ValueError(f"{error} It is not what a run has written; use another folder.") from None
     if wrong := [key for key in mine if theirs.get(key) != mine[key]]:
         raise ValueError(
-            f"{out} belongs to another run: "
+            f"{named} belongs to another run: "
             + ", ".join(f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in wrong)
             + ". Use another folder."
         )
 
 
-def recipe_of_run(final: Path) -> str | None:
+def recipe_of_run(final: Path | str) -> str | None:
     """Name of the recipe whose run wrote the folder `final`; None if that cannot be read."""
     try:
-        name = json.loads((final.resolve().parent / RUN).read_text(encoding="utf-8"))["name"]
+        if is_remote(final):
+            parent, _, _ = os.fspath(final).rstrip("/").rpartition("/")
+            text = (RemoteFolder(parent).read(RUN) or b"").decode()
+        else:
+            text = (Path(final).resolve().parent / RUN).read_text(encoding="utf-8")
+        name = json.loads(text)["name"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return name if isinstance(name, str) else None
 
 
-def _furthest(out: Path, recipe: Recipe) -> tuple[int, Pipeline | None]:
+def _furthest(out: Path, recipe: Recipe, mirror: Mirror | None) -> tuple[int, Pipeline | None]:
     """How many stages are done, and the pipeline after the last of them."""
     for i in reversed(range(len(recipe.stages))):
         folder = out / _stage_folder(recipe, i)
+        if mirror is not None:
+            mirror.get_save(folder)
         if folder.exists():
             return i + 1, load_pipeline(folder)
     return 0, None

@@ -28,6 +28,7 @@ import numpy as np
 from qjax.calibrate.fitted import KERNEL
 from qjax.calibrate.genome_space import entries_of, grouped_config
 from qjax.core.config import QuantConfig
+from qjax.core.places import local_path
 from qjax.core.plain_json import parse_json, read_limited
 from qjax.core.plain_yaml import read_yaml
 from qjax.core.plan import kernel_axes, name_some
@@ -145,7 +146,7 @@ def save_search(path: Path | str, recipe: SearchRecipe) -> None:
     # Through JSON: no tuples, and no object twice, which YAML would write as a reference.
     data = json.loads(json.dumps(data, allow_nan=False))
     data["sha256"] = _digest(data)
-    path = Path(path)
+    path = local_path(path)
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
@@ -164,7 +165,7 @@ def load_search(path: Path | str) -> SearchRecipe:
       ValueError: If it is too large, not of this format or version, was changed after it was
         written, or holds what a recipe file cannot.
     """
-    path = Path(path)
+    path = local_path(path)
     raw = read_limited(path, MAX_BYTES)
     data = _parsed(path, raw)
     if data.get("format") != FORMAT:

@@ -45,7 +45,7 @@ class ShardedCalibration(Calibration):
         assert self.settings.shards is not None
         self.pod, self.shards = pod, self.settings.shards
         self.ordered = self.settings.reduction == "ordered"
-        self.states = States(self.work.folder, pod)
+        self.states = States(self.work.shared, pod)
         pod.check(self.shards)
         if pod.weights == "sharded":
             self.teacher = self.teacher.replace(params=on_host(self.teacher.params))

@@ -27,6 +27,7 @@ from flax import traverse_util
 
 from qjax.core import metrics
 from qjax.core.layers import Conv
+from qjax.core.places import local_path
 from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import open_tensors
 from qjax.core.typing import Array, Float, Params
@@ -100,7 +101,7 @@ def load_feature_net(folder: Path | str) -> tuple[Params, FeatureNetConfig]:
       FileNotFoundError: If it lacks one of them.
       ValueError: If one is not what it should be.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = FeatureNetConfig.from_dict(read_json(folder / "config.json"))
     tensors = open_tensors(folder / "features.safetensors")
     flat = {key: jnp.asarray(tensor.read(), jnp.float32) for key, tensor in tensors.items()}

@@ -6,7 +6,6 @@ devices and processes.
 """
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,25 @@ class States:
     """The states of one stage, by the name of the fit and its iteration.
 
     Args:
-      folder: Where they are, one that all processes see; None keeps nothing.
+      folder: Where they are, one that all processes see; an `epath.Path` if it is in a bucket.
+        None keeps nothing.
       pod: The devices and processes.
     """
 
-    def __init__(self, folder: Path | None, pod: Pod):
+    def __init__(self, folder: Any, pod: Pod):
         import orbax.checkpoint as ocp  # seconds to import, and only pods need it
+        from etils import epath
 
-        self.folder = None if folder is None else folder.absolute()
+        # Of one in a bucket `absolute` would make a local one.
+        here = folder.absolute() if isinstance(folder, Path) else folder
+        self.folder = None if here is None else epath.Path(here)
+        if here is not None and not isinstance(here, Path):
+            import fsspec
+
+            # Else a process would not see what another one has written since it last looked.
+            fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         self.pod = pod
+        self._is_whole = ocp.utils.is_checkpoint_finalized
         self._checkpointer = ocp.StandardCheckpointer()
 
     def keep(self, name: str, iteration: int, state: Any) -> None:
@@ -44,8 +53,10 @@ class States:
         self.finish()
         if self.pod.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self._there(name)[:-1]:
-                shutil.rmtree(self._path(name, old))
+            whole = self._there(name)
+            for old in self._all(name):
+                if old not in whole[-1:]:  # older ones, and in a bucket what was broken off
+                    self._path(name, old).rmtree()
         self.pod.wait(f"state {name} {iteration}")
         self._checkpointer.save(self._path(name, iteration), pack_tree(state))
 
@@ -78,14 +89,18 @@ class States:
         """Forget all states of a fit."""
         self.finish()
         if self.folder is not None and self.pod.writes:
-            for iteration in self._there(name):
-                shutil.rmtree(self._path(name, iteration))
+            for iteration in self._all(name):
+                self._path(name, iteration).rmtree()
 
-    def _path(self, name: str, iteration: int) -> Path:
+    def _path(self, name: str, iteration: int) -> Any:
         assert self.folder is not None
         return self.folder / f"{name}-state-{iteration}"
 
     def _there(self, name: str) -> list[int]:
+        """Iterations of the whole states of a fit."""
+        return [i for i in self._all(name) if self._is_whole(self._path(name, i))]
+
+    def _all(self, name: str) -> list[int]:
         if self.folder is None or not self.folder.is_dir():
             return []
         pattern = re.compile(re.escape(name) + r"-state-(\d+)")

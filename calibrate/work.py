@@ -8,6 +8,9 @@ ends with the same bits. A file appears under its name only when it is whole.
 On a pod the first process alone writes, and what it has written the others read: all make the
 same parts in the same order, and wait for each other after every one.
 
+Where the run is kept in a bucket, the folder is a local one that stands for it: a part is in the
+bucket, too, before the next one begins.
+
 The log is a JSON line for every event, with the seconds since the stage began.
 """
 
@@ -23,6 +26,7 @@ import numpy as np
 
 from qjax.calibrate.pod import Pod
 from qjax.calibrate.preemption import stop_if_asked
+from qjax.core.mirror import Mirror
 from qjax.core.safetensors_io import open_tensors, write_tensors
 from qjax.core.typing import Array
 
@@ -39,6 +43,7 @@ class Work:
       on_event: Called with every event of the log.
       pod: The devices and processes, for stages that run on several; None: one process, which
         takes its default device.
+      mirror: Of the bucket that the folder stands for; None: it stands for itself.
     """
 
     def __init__(
@@ -46,8 +51,9 @@ class Work:
         folder: Path | None = None,
         on_event: OnEvent | None = None,
         pod: Pod | None = None,
+        mirror: Mirror | None = None,
     ):
-        self.folder, self.pod = folder, pod
+        self.folder, self.pod, self.mirror = folder, pod, mirror
         self._on_event = on_event
         self._begin = time.monotonic()
 
@@ -65,6 +71,8 @@ class Work:
         stop_if_asked(self.pod)
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         if path is not None and self.has(name):
+            if self.mirror is not None:
+                self.mirror.get(path)  # another process may have written it
             self.log("read", part=name)
             return {key: jnp.asarray(t.read()) for key, t in open_tensors(path).items()}
         arrays = {key: jnp.asarray(value) for key, value in make().items()}
@@ -72,9 +80,20 @@ class Work:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, {key: np.asarray(a) for key, a in arrays.items()}, {})
             self.log("wrote", part=name)
+            if self.mirror is not None:
+                self.mirror.push()
         if path is not None and self.pod is not None:
             self.pod.wait(f"part {name}")
         return arrays
+
+    @property
+    def shared(self) -> Any:
+        """The folder as all processes see it: a Path, or an `epath.Path` in a bucket; None: none."""
+        if self.folder is None or self.mirror is None:
+            return self.folder
+        from etils import epath  # only pods ask
+
+        return epath.Path(self.mirror.url_of(self.folder))
 
     @property
     def writes(self) -> bool:

@@ -44,8 +44,14 @@ class Choice(NamedTuple):
 
 
 def path() -> Path:
-    """The file of choices: `tuning.json` in `$QJAX_CACHE`, or in `qjax` of the user's cache."""
+    """The file of choices: `tuning.json` in `$QJAX_CACHE`, or in `qjax` of the user's cache.
+
+    Raises:
+      ValueError: If `$QJAX_CACHE` is a place in a bucket.
+    """
     own = os.environ.get("QJAX_CACHE")
+    if own and "://" in own:
+        raise ValueError(f"QJAX_CACHE must be a folder of this machine; got {own!r}.")
     if own:
         return Path(own) / "tuning.json"
     # Not Path.home(), which raises where a container's user has none.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qjax.core.places import local_path
 from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import LazyTensor, open_tensors
 
@@ -74,7 +75,7 @@ def load_checkpoint(
       ValueError: If a file is not what it should be, the weights are pickles only, the variant
         does not exist, or an index names files outside the folder or keys it does not hold.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if subfolder is not None:
         if not is_plain_name(subfolder):
             raise ValueError(f"subfolder must be one plain name; got {subfolder!r}.")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from qjax.core.places import local_path
 from qjax.core.plain_json import read_json
 from qjax.core.typing import Array, Float, Int, Params, UInt8
 from qjax.models.clip_vision import (
@@ -74,7 +75,7 @@ def load_clip(folder: Path | str) -> CLIPScorer:
       FileNotFoundError: If the folder, its config, weights or tokenizer are missing.
       ValueError: If it is another kind of model, or does not fit the port; all keys are named.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if (folder / PICKLE).is_file() and not list(folder.glob(f"{STEM}*.safetensors")):
         tensors: Mapping[str, Any] = read_weights(folder / PICKLE).tensors
         files: tuple[Path, ...] = (folder / PICKLE,)

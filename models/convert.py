@@ -22,7 +22,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from qjax.core.places import local_path
 from qjax.core.safetensors_io import ArrayLike, LazyTensor, atomic_write, write_tensors
 from qjax.models.checkpoints import STEM, Checkpoint, listed, load_checkpoint, raise_if_any
 
@@ -212,7 +212,7 @@ def save_component(
         the folder holds a sharded checkpoint, which would stand beside the new file.
       TypeError: As `to_checkpoint`; if `config` is not JSON.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     _check_dtype(dtype)
     text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
     entries = _entries(params, targets, dtype)

@@ -5,6 +5,7 @@ files in one). The index tells the class of the denoiser and of the networks bes
 `denoisers.py` and `components.py` know their ports.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +18,15 @@ from flax import linen as nn
 from qjax.core import serialize
 from qjax.core.config import QuantConfig
 from qjax.core.manifest import MANIFEST
+from qjax.core.places import is_remote
 from qjax.core.plain_json import read_json
 from qjax.core.quantize import plan, quantize_leaf
+from qjax.core.remote import fetch
 from qjax.models.checkpoints import Checkpoint, load_checkpoint
 from qjax.models.conditioners import TextConditioner
 from qjax.models.convert import convert
 from qjax.models.denoisers import Denoiser, abstract_params, build_denoiser
+from qjax.models.hub import CONFIGS, INDEX, WEIGHTS
 from qjax.models.licenses import license_of
 from qjax.models.loading_sides import load_sides, named_components
 from qjax.models.pipeline import Pipeline, Source
@@ -31,7 +35,6 @@ from qjax.models.saving import load_saved, method_name
 from qjax.models.unet2d_condition import UNet2DConditionModel
 from qjax.models.unet2d_keys import rename_old_attention_keys
 
-INDEX = "model_index.json"
 DENOISERS = ("transformer", "unet")
 
 
@@ -47,7 +50,7 @@ def load_pipeline(
     """The pipeline in a diffusers folder or in one that `save_pipeline` wrote.
 
     Args:
-      folder: A local folder.
+      folder: A local folder, or one in a bucket, of which a copy is read (`copied_here`).
       dtype: Float dtype of the parameters; None keeps the files'. Not for saved folders, whose
         parameters come back as they were.
       variant: Which weight files, `"fp16"` say; None for the plain ones.
@@ -61,7 +64,7 @@ def load_pipeline(
       ValueError: If the files do not fit together, or hold what there is no port for; if
         `quantize` does not suit the model, or its weights are not finite.
     """
-    folder = Path(folder)
+    folder = copied_here(folder) if is_remote(folder) else Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     if (folder / MANIFEST).exists():
@@ -116,6 +119,27 @@ def load_pipeline(
     )
 
 
+def copied_here(url: str | os.PathLike[str], *, weights: bool = True) -> Path:
+    """A copy of a model in a bucket, for as long as the process runs.
+
+    Args:
+      url: The folder in the bucket, in diffusers' layout or a save.
+      weights: Whether those of a diffusers folder are wanted; else the configs alone.
+
+    Raises:
+      FileNotFoundError: If there is no model at that place.
+    """
+    folder = fetch(url, CONFIGS)
+    is_save = (folder / MANIFEST).is_file()
+    if not is_save and not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{os.fspath(url)} holds neither {MANIFEST} (a model saved by qjax) nor {INDEX} "
+            "(diffusers' layout). Is it the folder of a model? If it was being saved there, that "
+            "was broken off: save it again."
+        )
+    return fetch(url, WEIGHTS) if weights or is_save else folder
+
+
 def load_shapes(folder: Path | str) -> dict[str, Any]:
     """The params of `load_pipeline(folder)` as shapes; of a diffusers folder no weight is read.
 
@@ -123,7 +147,7 @@ def load_shapes(folder: Path | str) -> dict[str, Any]:
       FileNotFoundError: As `load_pipeline`.
       ValueError: As `load_pipeline`, as far as the configs tell.
     """
-    folder = Path(folder)
+    folder = copied_here(folder, weights=False) if is_remote(folder) else Path(folder)
     if (folder / MANIFEST).exists():
         return dict(load_saved(folder).params)
     part, class_name = _denoiser_of(folder, named_components(_read_json(folder / INDEX)))

@@ -29,6 +29,7 @@ import numpy as np
 from flax import traverse_util
 
 from qjax.core.layers import LOW_RANK
+from qjax.core.places import local_path
 from qjax.core.qtensor import is_qtensor
 from qjax.core.safetensors_io import ArrayLike, open_tensors
 from qjax.core.typing import Array
@@ -104,7 +105,7 @@ def load_lora(path: str | os.PathLike[str], tables: Tables, **names: Any) -> dic
         lacks its other half, has another shape, is not finite, or says what another says otherwise: one error
         names all of them.
     """
-    path = _file(Path(path))
+    path = _file(local_path(path))
     tensors = open_tensors(path)
     if not tensors:
         raise ValueError(f"{path.name} must hold the tensors of a LoRA; it holds none.")

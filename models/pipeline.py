@@ -16,7 +16,6 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -218,7 +217,8 @@ class Pipeline:
         """Write parameters, sampler, config and a model card into `folder`; `qjax.load` reads it.
 
         Args:
-          folder: Created; an older save there is replaced, anything else is refused.
+          folder: Created, here or in a bucket (`gs://...`); an older save there is replaced,
+            anything else is refused.
           report: What `qjax.compare` found of this pipeline, for the card.
 
         Raises:
@@ -227,7 +227,7 @@ class Pipeline:
         """
         from qjax.models.saving import save_pipeline  # it builds pipelines itself
 
-        save_pipeline(self, Path(folder), report=report)
+        save_pipeline(self, folder, report=report)
 
     def push_to_hub(
         self,

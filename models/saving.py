@@ -9,6 +9,7 @@ for may be missing from the params; the record names them (`saving_time`).
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ _FIELDS = (
 
 def save_pipeline(
     pipe: Pipeline,
-    folder: Path | str,
+    folder: str | os.PathLike[str],
     *,
     report: Report | None = None,
     card: str | None = None,

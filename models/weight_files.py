@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qjax.core.places import local_path
 from qjax.core.safetensors_io import open_tensors
 from qjax.models.pickles import SUFFIXES, to_safetensors
 
@@ -35,7 +36,7 @@ def read_weights(file: str | os.PathLike[str]) -> WeightFile:
       ValueError: If it is neither, or damaged, or a pickle of anything but tensors.
       ModuleNotFoundError: If it is a pickle and PyTorch is not installed.
     """
-    path = Path(file)
+    path = local_path(file)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of weights {path}.")
     if path.suffix != ".safetensors" and path.suffix not in SUFFIXES:

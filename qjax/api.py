@@ -11,11 +11,13 @@ from qjax.calibrate.recipe import Recipe, data_free_name, quant_config, quantize
 from qjax.comparison import compare as compare
 from qjax.core import quantize as core
 from qjax.core.config import QuantConfig
+from qjax.core.places import is_remote
 from qjax.core.plan import Plan
+from qjax.core.remote import RemoteFolder
 from qjax.core.typing import Params
 from qjax.evaluation import evaluate as evaluate
 from qjax.models.hub import download, split_revision
-from qjax.models.loading import load_pipeline, load_shapes
+from qjax.models.loading import copied_here, load_pipeline, load_shapes
 from qjax.models.pipeline import Pipeline
 from qjax.models.published import PUBLISHED, published_shapes
 
@@ -35,8 +37,8 @@ def load(
     """The pipeline of a shipped model, a local folder, a saved pipeline or a hub repository.
 
     Args:
-      model: `"fashion-dit"`; a folder in diffusers' layout or written by `Pipeline.save`; or
-        an id on the Hugging Face hub, `"owner/name"` or `"owner/name@revision"`, in either
+      model: `"fashion-dit"`; a folder in diffusers' layout or written by `Pipeline.save`, of this
+        machine or in a bucket, `"gs://bucket/folder"`; or an id on the Hugging Face hub, `"owner/name"` or `"owner/name@revision"`, in either
         layout. A shipped model goes before a folder of the same name, which `"./fashion-dit"`
         means.
       quantize: Quantize every tensor as it is read; the float model is never in memory whole.
@@ -62,15 +64,22 @@ def locate(
 ) -> tuple[Path, str | None]:
     """The folder that `load(model)` reads, and the model's name where it is not the folder's.
 
-    A repository of the hub is downloaded, or found in the cache of an earlier download; without
-    `weights` its configs alone, and of several variants of weights the one that is read.
+    A repository of the hub is downloaded, or found in the cache of an earlier download; of a folder
+    in a bucket there is a copy until the process ends. Without `weights` the configs alone, and of
+    several variants of weights the one that is read.
 
     Raises:
       FileNotFoundError: If there is nothing of that name.
       ValueError: If a repository has no layout that is read here, or there is a revision of what
         is not on the hub.
     """
-    name = str(model)
+    name = os.fspath(model)
+    if is_remote(model):
+        if revision is not None:
+            raise ValueError(
+                f"revision is for repositories of the hub; got {revision!r} for {name}."
+            )
+        return copied_here(model, weights=weights), None
     if revision is not None and (name in zoo_names() or Path(model).is_dir()):
         raise ValueError(f"revision is for repositories of the hub; got {revision!r} for {name}.")
     if name in zoo_names():
@@ -120,8 +129,11 @@ def shapes(model: str | Path) -> Params:
         raise FileNotFoundError(f"{error}{known}") from error
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+def folder_bytes(folder: Path | str) -> int:
+    """Bytes of all files below a folder, here or in a bucket."""
+    if is_remote(folder):
+        return sum(entry.size for entry in RemoteFolder(folder).files().values())
+    folder = Path(folder)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -15,7 +15,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from qjax import (
     cli_calibrate,
@@ -29,6 +28,7 @@ from qjax import (
 from qjax._version import __version__
 from qjax.cli_options import Command, add_options, near_miss, resolve
 from qjax.cli_output import Output
+from qjax.core.places import local_path
 
 COMMANDS: tuple[Command, ...] = (
     *cli_demo.COMMANDS,
@@ -130,7 +130,7 @@ def _run(words: list[str]) -> int:
         parser.print_help()
         return 2 if rest else 0
     (command,) = (command for command in COMMANDS if command.name == flags.command)
-    config = None if flags.config is None else Path(flags.config)
+    config = None if flags.config is None else local_path(flags.config)
     settings = resolve(command, flags, rest, config)
     output = Output(as_json=flags.json)
     with warnings.catch_warnings():

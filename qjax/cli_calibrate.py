@@ -8,7 +8,7 @@ from typing import Any
 import qjax
 from qjax.calibrate.data import CalibrationSet
 from qjax.calibrate.pod import SHARDS, Pod, Weights
-from qjax.calibrate.recipe import RUN, Recipe, run
+from qjax.calibrate.recipe import RUN, Recipe, opened, run
 from qjax.calibrate.spread import on_host
 from qjax.cli_mesh import MESH_BLOCK, MESH_DATA, MESH_WEIGHTS, PROCESSES, joined
 from qjax.cli_models import (
@@ -26,6 +26,8 @@ from qjax.cli_models import (
 from qjax.cli_options import Command, Option, path, real, text, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import GUIDANCE, LABELS, label_numbers, prompt_lines
+from qjax.core.mirror import Mirror
+from qjax.core.places import is_remote
 from qjax.loss_plot import save_losses
 from qjax.models.pipeline import Pipeline
 from qjax.noise_plot import save_noise
@@ -35,7 +37,7 @@ from qjax.search_plot import save_fronts
 
 def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """Quantization and all stages of the recipe; resumes where an earlier run stopped."""
-    if not (settings.out / RUN).exists():
+    if not is_remote(settings.out) and not (settings.out / RUN).exists():
         # What a run leaves that was killed while it wrote its first file.
         for unfinished in settings.out.glob(f".{RUN}.*.tmp"):
             unfinished.unlink()
@@ -43,6 +45,17 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     pod = chosen_pod(settings)
     if pod is not None and not pod.writes:
         output.silence()  # the first process speaks for all
+    if not is_remote(settings.out):
+        return _calibrate(settings, output, pod, None)
+    with opened(settings.out, pod) as mirror:
+        return _calibrate(settings, output, pod, mirror)
+
+
+def _calibrate(
+    settings: SimpleNamespace, output: Output, pod: Pod | None, mirror: Mirror | None
+) -> dict[str, Any]:
+    """`calibrate`, in a folder or in what stands for one in a bucket."""
+    out = settings.out if mirror is None else mirror.local
     shapes = float_shapes(settings.model)
     recipe = chosen_recipe(settings, shapes)
     prompts = prompt_lines(settings.prompts)
@@ -59,7 +72,7 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         pipe = run(
             teacher,
             recipe,
-            out=settings.out,
+            out=mirror or out,
             seed=settings.seed,
             on_stage=on_stage,
             on_event=on_event,
@@ -67,16 +80,19 @@ def calibrate(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         )
     if not recipe.stages:
         output.remark(f"{recipe.name} has no stages that need data; this is what quantize does.")
-    result = saved_words(settings.model, recipe, pipe, settings.out / "final", output, planned)
+    shown = lambda path: path if mirror is None or path is None else mirror.url_of(path)
+    result = saved_words(settings.model, recipe, pipe, shown(out / "final"), output, planned)
     if pod is not None and not pod.writes:
         return result
-    plot = save_losses(settings.out)
+    plot = shown(save_losses(out))
     if plot is not None:
         output.say(f"losses: {plot}")
-    fronts = save_fronts(settings.out)
+    fronts = [shown(front) for front in save_fronts(out)]
     output.say(*(f"front of the search: {front}" for front in fronts))
-    noise = save_noise(settings.out)
+    noise = [shown(one) for one in save_noise(out)]
     output.say(*(f"quantization noise: {one}" for one in noise))
+    if mirror is not None:
+        mirror.push()
     named = [type(stage).__name__ for stage in recipe.stages]
     return result | {"stages": named, "losses": plot, "fronts": fronts, "noise": noise}
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qjax.api import folder_bytes
 from qjax.cli_models import OUT_FOLDER, require_free
-from qjax.cli_options import Command, Option, one_of, whole
+from qjax.cli_options import Command, Option, one_of, path, whole
 from qjax.cli_output import Output
 from qjax.conversion import convert_checkpoint
 from qjax.report_words import bytes_text
@@ -57,7 +57,7 @@ COMMANDS = (
             ),
         ),
         options=(
-            OUT_FOLDER,
+            dataclasses.replace(OUT_FOLDER, read=path, help="folder to write into"),
             Option(
                 name="dtype",
                 read=one_of(DTYPES),

@@ -5,7 +5,7 @@ from typing import Any
 
 from qjax.cli_mesh import SPREAD, chosen_mesh
 from qjax.cli_models import MODEL, SEED, load_model
-from qjax.cli_options import Command, Option, path, text, texts, whole
+from qjax.cli_options import Command, Option, path, place, text, texts, whole
 from qjax.cli_output import Output
 from qjax.cli_pictures import (
     ETA,
@@ -150,7 +150,7 @@ COMMANDS = (
             ),
             Option(
                 name="out",
-                read=path,
+                read=place,
                 metavar="DIR",
                 help="folder to keep what was measured in; a run that was killed goes on there",
             ),

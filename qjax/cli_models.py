@@ -11,13 +11,15 @@ import qjax
 from qjax import api, recipes, topology_plan
 from qjax.calibrate.recipe import Recipe, data_free_name
 from qjax.cli_mesh import MESH_BLOCK, MESH_DATA, MESH_WEIGHTS
-from qjax.cli_options import Command, Option, apply_quant, one_of, path, switch, text, whole
+from qjax.cli_options import Command, Option, apply_quant, one_of, place, switch, text, whole
 from qjax.cli_output import Output, grid
 from qjax.core.config import QuantConfig
 from qjax.core.manifest import MANIFEST, read_manifest
+from qjax.core.places import is_remote
 from qjax.core.plan import Plan
 from qjax.core.qtensor import is_qtensor
 from qjax.core.quantize import tree_bytes
+from qjax.core.remote import RemoteFolder, may_replace
 from qjax.core.serialize import flatten
 from qjax.core.typing import Params
 from qjax.models import hub
@@ -30,7 +32,7 @@ from qjax.report_words import bits_text, bytes_text
 
 MODEL = (
     "MODEL",
-    "a shipped model, a diffusers folder, a saved folder, or a hub id owner/name[@revision]",
+    "a shipped model, a diffusers or saved folder, here or in gs://, or a hub id owner/name[@revision]",
 )
 PLANNED = (MODEL[0], f"{MODEL[1]}; or without weights {', '.join(PUBLISHED)}")
 
@@ -50,7 +52,11 @@ BATCH = Option(
     help="pictures that run at once while it is calibrated",
 )
 OUT_FOLDER = Option(
-    name="out", read=path, metavar="DIR", required=True, help="folder to write into"
+    name="out",
+    read=place,
+    metavar="DIR",
+    required=True,
+    help="folder to write into, here or in a bucket, as gs://bucket/folder",
 )
 OVERWRITE = Option(
     name="overwrite", read=switch, default=False, help="replace an older save in that folder"
@@ -111,12 +117,25 @@ def float_shapes(model: str) -> Params:
     return params
 
 
-def require_free(folder: Path, *, overwrite: bool = False) -> None:
+def require_free(place: Path | str, *, overwrite: bool = False) -> None:
     """That a folder can be written without touching what somebody else put there.
 
     Raises:
       ValueError: If it is a file or not empty; with `overwrite`, a save of qjax may be there.
     """
+    if is_remote(place):
+        there = RemoteFolder(place).files()
+        if there and not (overwrite and may_replace(there)):
+            raise ValueError(
+                f"{place} is not empty; choose another folder"
+                + (
+                    ", or replace the save that is there with --overwrite."
+                    if MANIFEST in there
+                    else "."
+                )
+            )
+        return
+    folder = Path(place)
     if folder.is_dir():
         if not any(folder.iterdir()) or (overwrite and (folder / MANIFEST).exists()):
             return
@@ -186,7 +205,7 @@ def quantize(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
 
 
 def saved_words(
-    model: str, recipe: Recipe, pipe: Pipeline, folder: Path, output: Output, planned: Plan
+    model: str, recipe: Recipe, pipe: Pipeline, folder: Path | str, output: Output, planned: Plan
 ) -> dict[str, Any]:
     """Say what was saved."""
     before, after, disk = planned.bytes_before, tree_bytes(pipe.params), api.folder_bytes(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from qjax.core.places import is_remote, local_path
 from qjax.core.plain_yaml import read_yaml
 
 QUANT = "quant"
@@ -111,8 +112,13 @@ def text(value: Any) -> str:
 
 
 def path(value: Any) -> Path:
-    """Reads a path."""
-    return Path(text(value)).expanduser()
+    """Reads a path of this machine."""
+    return local_path(text(value)).expanduser()
+
+
+def place(value: Any) -> Path | str:
+    """Reads a path of this machine, or a place in a bucket, which stays a text."""
+    return text(value) if is_remote(text(value)) else path(value)
 
 
 def near_miss(word: str, words: Sequence[str]) -> str:

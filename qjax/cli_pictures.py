@@ -305,13 +305,14 @@ def compare(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
 
 def _recipe_of(model: str) -> dict[str, str]:
     """Name of the recipe that a calibration wrote beside the model; empty where none did."""
-    name = recipe_of_run(Path(model))
+    name = recipe_of_run(model)
     return {} if name is None else {short_name(model): name}
 
 
 def short_name(model: str) -> str:
     """The last part of a path or hub id: what to call a model in a table's head."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    here = Path(model)
+    return here.resolve().name if here.is_dir() else model.rstrip("/").rsplit("/", 1)[-1]
 
 
 COMMANDS = (

@@ -23,6 +23,7 @@ from qjax._version import __version__
 from qjax.calibrate.recipe import Recipe
 from qjax.calibrate.sensitivity import Probe
 from qjax.core import metrics
+from qjax.core.places import local_path
 from qjax.core.quantize import tree_bytes
 from qjax.core.serialize import flatten
 from qjax.kernels import tuning
@@ -161,7 +162,7 @@ def compare(
         notes=report_judge.notes(n) if is_zoo(pipe) else (),
     )
     if out is not None and writes(mesh):
-        page = Path(out)
+        page = local_path(out)
         page.parent.mkdir(parents=True, exist_ok=True)
         pages.save_html(report, page)
         pages.save_png(pages.image_grid(report), page.with_suffix(".png"))
@@ -192,7 +193,7 @@ def _check_comparable(
             "pictures from the same noise can be compared if shape and sampler are the same; "
             f"{'; '.join(problems)}. Use pipe.replace(sampler=...)."
         )
-    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
+    if out is not None and local_path(out).suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"out must be a file that ends in .html; got {str(out)!r}.")
 
 

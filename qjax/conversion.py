@@ -17,6 +17,7 @@ import numpy as np
 
 from qjax.api import locate
 from qjax.core.manifest import MANIFEST
+from qjax.core.places import local_path
 from qjax.core.safetensors_io import atomic_write, open_tensors
 from qjax.core.serialize import flatten, params_digest
 from qjax.models import original_checkpoints, pickles
@@ -97,7 +98,7 @@ def convert_checkpoint(
       ValueError: If `source` is of another kind, or does not hold the whole model; if what was
         written does not read back as it should.
     """
-    path = Path(source)
+    path, out = local_path(source), local_path(out)
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if path.suffix.lower() in pickles.SUFFIXES:

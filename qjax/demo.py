@@ -14,6 +14,7 @@ import qjax
 from qjax import api, recipes, report
 from qjax.calibrate.recipe import Recipe, run
 from qjax.calibrate.serial_parallel import SerialParallel
+from qjax.core.places import local_path
 from qjax.core.safetensors_io import atomic_write
 from qjax.models.pipeline import Pipeline
 from qjax.report_data import ComparisonReport, as_dict
@@ -127,6 +128,7 @@ def run_demo(
     """
     if not models:
         raise ValueError("No models came with this installation; install qjax again.")
+    out = local_path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).exists():
         raise ValueError(f"the folder {out} is not empty and not of an earlier demo; name another.")
     out.mkdir(parents=True, exist_ok=True)

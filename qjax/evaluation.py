@@ -19,10 +19,11 @@ FID between a quantized model's pictures and those of the float model from the s
 papers on quantization call FID to float; it is the `fid` against a reference model here.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,18 @@ from jax.sharding import Mesh
 from qjax._version import __version__
 from qjax.comparison import device_words, is_zoo, model_name
 from qjax.core.metrics import FeatureStatistics
+from qjax.core.mirror import Mirror, mirrored
+from qjax.core.places import is_remote, local_path
 from qjax.core.safetensors_io import atomic_write
 from qjax.evaluation_choice import METRICS, Choice, Given, choose
 from qjax.evaluation_data import Evaluation, NetUsed, as_dict
 from qjax.evaluation_measuring import Measuring, Progress, measure
 from qjax.evaluation_nets import ZOO, Nets, load_nets, zoo_net
-from qjax.evaluation_parts import Parts
+from qjax.evaluation_parts import RUN, Parts
 from qjax.evaluation_pictures import Folder, fingerprint, folder_of, read_statistics
 from qjax.evaluation_scores import Against, Scoring, draws_of_sets, scores
 from qjax.models import inception as inception_net
-from qjax.models.mesh import batch_of
+from qjax.models.mesh import batch_of, wait, writes
 from qjax.models.pipeline import Pipeline
 from qjax.models.weight_files import file_sha256
 from qjax.report_layers import how_quantized
@@ -106,8 +109,9 @@ def evaluate(
       resamples: Of the intervals of sets of pictures. None: 200, for `fid` and `sfid` 20, because
         a Frechet distance of features as wide as Inception's takes seconds; 0 for no such
         intervals.
-      out: Folder that keeps what was measured; the same run goes on there, and
-        `evaluation.json` is the result. None keeps nothing. Several processes all have to see it.
+      out: Folder that keeps what was measured, here or in a bucket; the same run goes on there,
+        and `evaluation.json` is the result. None keeps nothing. Several processes all have to see
+        it.
       mesh: Devices to spread the pictures over (`Pipeline.on`); what was drawn is measured on one.
         None draws on one, too. Of several processes all call this alike, and all get the scores.
       names: What to call model and reference.
@@ -152,46 +156,49 @@ def evaluate(
         "num_images": n,
         "part_size": part_size,
     }
-    parts = Parts(None if out is None else Path(out), claim | settings, mesh=mesh)
     pipes = {"a": pipe} | ({} if reference is None else {"b": reference})
     if mesh is not None:
         pipes = {side: one.on(mesh) for side, one in pipes.items()}
     drawn_at_once = batch_of(min(part_size, n), batch_size, mesh)
-    measuring = Measuring(
-        pipes=pipes,
-        choice=choice,
-        nets=nets,
-        settings=settings | {"labels": labels, "prompts": prompts},
-        drawn_at_once=drawn_at_once,
-        batch_size=drawn_at_once // (1 if mesh is None else mesh.size),
-        part_size=part_size,
-    )
-    measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
-    parts.complete()
-    own, other = _names(names, pipe, reference)
-    scoring = Scoring(
-        model=own,
-        reference=other,
-        sets=_sets(choice, other, pictures),
-        choice=choice,
-        resamples=resamples,
-    )
-    evaluation = Evaluation(
-        model=own,
-        reference=other,
-        images=None if images is None else str(images),
-        scores=scores(parts, scoring),
-        left_out=choice.left_out,
-        num_images=n,
-        told=_told(labels, prompts),
-        nets=used,
-        resamples=draws_of_sets(scoring),
-        device=device_words(mesh),
-        versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        **settings,
-    )
-    if out is not None and parts.writes:
-        _write(Path(out) / RESULT, evaluation)
+    with _working_folder(out, mesh) as (folder, mirror):
+        parts = Parts(folder, claim | settings, mesh=mesh, mirror=mirror)
+        measuring = Measuring(
+            pipes=pipes,
+            choice=choice,
+            nets=nets,
+            settings=settings | {"labels": labels, "prompts": prompts},
+            drawn_at_once=drawn_at_once,
+            batch_size=drawn_at_once // (1 if mesh is None else mesh.size),
+            part_size=part_size,
+        )
+        measure(parts, measuring, n, pictures.folder, on_progress or (lambda *_: None))
+        parts.complete()
+        own, other = _names(names, pipe, reference)
+        scoring = Scoring(
+            model=own,
+            reference=other,
+            sets=_sets(choice, other, pictures),
+            choice=choice,
+            resamples=resamples,
+        )
+        evaluation = Evaluation(
+            model=own,
+            reference=other,
+            images=None if images is None else str(images),
+            scores=scores(parts, scoring),
+            left_out=choice.left_out,
+            num_images=n,
+            told=_told(labels, prompts),
+            nets=used,
+            resamples=draws_of_sets(scoring),
+            device=device_words(mesh),
+            versions={"qjax": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
+            **settings,
+        )
+        if folder is not None and parts.writes:
+            _write(folder / RESULT, evaluation)
+        if mirror is not None:
+            mirror.push()
     return evaluation
 
 
@@ -253,7 +260,7 @@ class _Pictures:
 def _pictures(images: Path | str | None, pipe: Pipeline) -> _Pictures:
     if images is None:
         return _Pictures()
-    path = Path(images)
+    path = local_path(images)
     if path.suffix == ".npz":
         statistics = read_statistics(path)
         widths = {"pool": inception_net.POOL_FEATURES, "spatial": inception_net.SPATIAL_FEATURES}
@@ -308,6 +315,22 @@ def _used(choice: Choice, nets: Nets) -> tuple[NetUsed, ...]:
     known = {net.name: net for net in nets.used}
     wanted = dict.fromkeys(choice.nets.values())
     return tuple(zoo_net() if name == ZOO else known[name] for name in wanted)
+
+
+@contextlib.contextmanager
+def _working_folder(
+    out: Path | str | None, mesh: Mesh | None
+) -> Iterator[tuple[Path | None, Mirror | None]]:
+    """The folder of this machine that parts are kept in, and the mirror of a bucket's."""
+    if out is None:
+        yield None, None
+    elif is_remote(out):
+        together = lambda name: wait(name, mesh)
+        with mirrored(out, holds=RUN, writes=writes(mesh), wait=together) as mirror:
+            mirror.get(mirror.local)
+            yield mirror.local, mirror
+    else:
+        yield local_path(out), None
 
 
 def _sets(choice: Choice, reference: str | None, pictures: _Pictures) -> tuple[Against, ...]:

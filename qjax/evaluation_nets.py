@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.core.places import local_path
 from qjax.core.serialize import params_digest
 from qjax.core.typing import Params, UInt8
 from qjax.evaluation_data import NetUsed
@@ -67,7 +68,7 @@ def weight_file(place: Path | str) -> Path:
     Raises:
       FileNotFoundError: If there is none.
     """
-    path = Path(place)
+    path = local_path(place)
     named = HUB_FILE.fullmatch(str(place))
     if path.is_file() or named is None:
         return path
@@ -85,7 +86,7 @@ def clip_folder(place: Path | str) -> Path:
     Raises:
       FileNotFoundError: If there is none.
     """
-    path = Path(place)
+    path = local_path(place)
     if path.is_dir() or not HUB_ID.fullmatch(str(place)):
         return path
     import huggingface_hub

@@ -4,7 +4,7 @@ Pictures are done in parts of one size, counted from 0, whatever the batch. Of a
 and features of each picture stay: in a file that appears when it is whole, or in memory. A run that
 was killed goes on at the part it was in and ends with the same numbers. Two jobs that write into
 one folder at once do each other no harm, but each draws what it does not find: their parts are
-equal.
+equal. In a bucket there is one job at a time (`qjax/core/mirror.py`).
 
 `run.json` says whose run the folder is; another run is refused, and the differences named. It comes
 with the first part, so that a run whose settings turn out to be wrong leaves nothing.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from qjax.core.mirror import Mirror
 from qjax.core.plain_json import read_json
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 from qjax.models.mesh import agree, wait, writes
@@ -36,13 +37,21 @@ class Parts:
       claim: What the run is of, in values of JSON; all of it must be that of the folder.
       mesh: Of a run that is spread over processes: the first decides what is there and writes,
         and all of them have to see the folder.
+      mirror: Of the bucket that the folder stands for; None: it stands for itself.
 
     Raises:
       ValueError: If the folder belongs to another run, or is no folder for a run.
     """
 
-    def __init__(self, folder: Path | None, claim: Mapping[str, Any], *, mesh: Mesh | None = None):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None,
+        claim: Mapping[str, Any],
+        *,
+        mesh: Mesh | None = None,
+        mirror: Mirror | None = None,
+    ):
+        self.folder, self._mirror = folder, mirror
         self.mesh = mesh
         self.writes = writes(mesh)
         self._names: list[str] = []
@@ -75,6 +84,7 @@ class Parts:
             elif self.writes:
                 self._take(path.parent)
                 write_tensors(path, arrays)
+                self._push()
             self._names.append(name)
             return True
         if wrong := [key for key, t in open_tensors(path).items() if t.shape[0] != rows]:
@@ -89,6 +99,8 @@ class Parts:
           ValueError: If this process does not see it.
         """
         wait("parts of an evaluation", self.mesh)
+        if self._mirror is not None and self.folder is not None and not self.writes:
+            self._mirror.get(self.folder)
         if self.folder is not None and not (self.folder / RUN).exists():
             raise ValueError(f"all processes must see one folder; {self.folder} is not there.")
 
@@ -115,6 +127,10 @@ class Parts:
             raise KeyError(f"no part holds {key!r}.")
         return np.concatenate(found)
 
+    def _push(self) -> None:
+        if self._mirror is not None:
+            self._mirror.push()
+
     def _take(self, folder: Path) -> None:
         """Say that the folder is this run's, if it does not yet."""
         if self._is_ours(folder):
@@ -138,8 +154,9 @@ class Parts:
             ) from None
         keys = sorted(mine.keys() | theirs.keys())
         if wrong := [key for key in keys if theirs.get(key) != mine.get(key)]:
+            named = folder if self._mirror is None else self._mirror.url
             raise ValueError(
-                f"{folder} belongs to another run: "
+                f"{named} belongs to another run: "
                 + ", ".join(
                     f"{k} {_short(theirs.get(k))}, now {_short(mine.get(k))}" for k in wrong
                 )

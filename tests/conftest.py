@@ -12,6 +12,7 @@ os.environ["QJAX_CACHE"] = os.path.join(tempfile.gettempdir(), "qjax-tests-witho
 
 import collections
 import gc
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -151,6 +152,64 @@ def hub(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("huggingface_hub.HfApi", api)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake.snapshot_download)
     return fake
+
+
+class Buckets:
+    """All buckets of `gs://`, as folders of this machine.
+
+    Attributes:
+      root: Where they are.
+      changes: Names of what was put or deleted so far, in order.
+      dies_at: The number of the change at which whoever makes it dies, as does all after it.
+    """
+
+    def __init__(self, root):
+        self.root, self.changes, self.dies_at = root, [], None
+
+    def change(self, what, path):
+        """Note a change, or die instead."""
+        if self.dies_at is not None and len(self.changes) >= self.dies_at:
+            raise Killed(f"{what} {path}")
+        self.changes.append(f"{what} {path.rsplit('/', 1)[-1]}")
+
+
+class Killed(BaseException):
+    """The process has come to its end, whatever it was about to do."""
+
+
+@pytest.fixture
+def buckets(tmp_path_factory, monkeypatch):
+    """What fsspec has for `gs://` in place of a network: a local folder that can fail."""
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    here = Buckets(tmp_path_factory.mktemp("buckets"))
+
+    class LocalBuckets(DirFileSystem):
+        protocol, cachable = "gs", False
+
+        def __init__(self, **_):
+            super().__init__(path=str(here.root), fs=LocalFileSystem(auto_mkdir=True))
+
+        def put_file(self, lpath, rpath, **kwargs):
+            here.change("put", rpath)
+            super().put_file(lpath, rpath, **kwargs)
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            if mode == "create" and self.exists(path):
+                raise FileExistsError(path)
+            here.change("put", path)
+            (here.root / path).parent.mkdir(parents=True, exist_ok=True)
+            super().pipe_file(path, value, **kwargs)
+
+        def rm_file(self, path):
+            here.change("delete", path)
+            super().rm_file(path)
+
+    registry = importlib.import_module("fsspec.registry")
+    monkeypatch.setitem(registry._registry, "gs", LocalBuckets)
+    here.Killed = Killed
+    return here
 
 
 @pytest.fixture(scope="session")

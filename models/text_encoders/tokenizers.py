@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.core.places import local_path
 from qjax.core.plain_json import read_json
 from qjax.core.typing import Int
 from qjax.models.checkpoints import listed
@@ -53,7 +54,7 @@ def load_tokenizer(folder: str | os.PathLike[str], subfolder: str | None = None)
       ValueError: If the folder is another kind of tokenizer's, or says nothing of the length of
         prompts or of padding.
     """
-    folder = Path(folder) if subfolder is None else Path(folder, subfolder)
+    folder = local_path(folder) if subfolder is None else local_path(folder) / subfolder
     _check_files(folder)
     import transformers
 

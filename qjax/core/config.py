@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from qjax.core.places import local_path
 from qjax.core.plain_yaml import read_yaml
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -208,7 +209,9 @@ class QuantConfig:
         """Write `to_dict` as YAML."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        local_path(path).write_text(
+            yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8"
+        )
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> "QuantConfig":
@@ -218,7 +221,7 @@ class QuantConfig:
           FileNotFoundError: If there is none.
           ValueError: If it is no YAML, or says what `from_dict` refuses.
         """
-        data = read_yaml(path, Path(path).read_bytes())
+        data = read_yaml(path, local_path(path).read_bytes())
         if not isinstance(data, dict):
             raise ValueError(f"{path} must hold a mapping; got {type(data).__name__}.")
         return cls.from_dict(data)

@@ -20,12 +20,14 @@ import numpy as np
 from qjax._version import __version__
 from qjax.core.config import ActSpec
 from qjax.core.linen import BoxedQTensor
+from qjax.core.places import local_path
 from qjax.core.plain_json import read_json
 from qjax.core.plan import name_some
 from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.kernels import packing
 
 MANIFEST = "qjax.json"
+WEIGHTS = "model.safetensors"
 SCHEMA_VERSION = 1
 
 _PARTS = ("qvalue", "scale", "zero_point")
@@ -73,7 +75,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
       ValueError: If it is no JSON, not ours, of a newer schema, lacks a part, or is not what
         its own hash says.
     """
-    path = Path(folder) / MANIFEST
+    path = local_path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}; it is no folder saved by qjax.")
     try:

@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from qjax.core.places import local_path
+
 MAX_BYTES = 64_000_000
 """Of a file. The longest there are, tokenizers of large vocabularies, have some 20 MB."""
 
@@ -32,7 +34,7 @@ def read_limited(path: Path | str, limit: int) -> bytes:
       FileNotFoundError: If there is no such file.
       ValueError: If it is larger, or is a pipe, a device or a folder.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise ValueError(f"{path} must be a plain file.")
     with open(path, "rb") as file:

@@ -40,6 +40,7 @@ import ml_dtypes
 import numpy as np
 
 from qjax.core.locks import clear_left_behind, try_lock
+from qjax.core.places import local_path
 from qjax.core.plain_json import unique
 
 # The official implementation refuses longer headers too.
@@ -211,7 +212,7 @@ def write_tensors(
       TypeError: If a name, or a key or value of `metadata`, is not text.
       OSError: If it cannot be written; on a full disk it says how many bytes it needs.
     """
-    path = Path(path)
+    path = local_path(path)
     header = _header(path, tensors, metadata)
     data = sum(prod(t.shape) * _dtype(t).itemsize for t in tensors.values())
     needed = _LENGTH.size + len(header) + data
@@ -238,7 +239,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
       OSError: If it cannot be written; on a full disk it says how much was written and is free.
     """
-    path = Path(path)
+    path = local_path(path)
     # Names have 255 bytes at most; of long ones a hash stands for the rest.
     stem = path.name
     if len(os.fsencode(stem)) > 200:
@@ -282,7 +283,7 @@ def _with_room(error: OSError, path: Path, descriptor: int) -> OSError:
 
 def _open(path: str | os.PathLike[str]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors in the order of their bytes, and the metadata."""
-    source = _Source(Path(path))
+    source = _Source(local_path(path))
     header, start = _read_header(source)
     text = header.pop("__metadata__", {})
     if not isinstance(text, dict) or not all(isinstance(v, str) for v in text.values()):

@@ -21,21 +21,22 @@ from typing import Any
 from qjax.core.locks import clear_left_behind, exchange, hold
 from qjax.core.manifest import (
     MANIFEST,
+    WEIGHTS,
     array_digest,
     arrays_of,
     read_manifest,
     rebuild,
     write_manifest,
 )
+from qjax.core.places import is_remote
 from qjax.core.plan import name_some
+from qjax.core.remote import fetch, sending
 from qjax.core.safetensors_io import atomic_write, open_tensors, write_tensors
 from qjax.core.typing import Params
 
-WEIGHTS = "model.safetensors"
-
 
 def save(
-    folder: Path | str,
+    folder: str | os.PathLike[str],
     params: Params,
     record: Mapping[str, Any],
     *,
@@ -44,7 +45,8 @@ def save(
     """Write `params` and `record` into `folder`, and copies of other files.
 
     Args:
-      folder: Created; if it holds an older save it is replaced, anything else is refused.
+      folder: Created; if it holds an older save it is replaced, anything else is refused. One in
+        a bucket is written on this machine and sent (`remote.sending`).
       params: Nested mappings of arrays and QTensors.
       record: What else to keep, for JSON: model, config, sampler.
       files: Files to copy, by their names below `folder`: those of a tokenizer.
@@ -60,6 +62,10 @@ def save(
         `record` is not JSON.
       TypeError: If a leaf is neither an array nor a QTensor.
     """
+    if is_remote(folder):
+        with sending(folder) as here:
+            save(here, params, record, files=files)
+        return
     folder = Path(folder)
     if folder.is_symlink():  # a link to a folder stays one
         folder = folder.resolve()
@@ -97,15 +103,15 @@ def save(
         os.close(held)
 
 
-def load(folder: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The params tree and the record that `save` wrote.
+def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The params tree and the record that `save` wrote; from a bucket through a copy here.
 
     Raises:
       FileNotFoundError: If the folder holds no save.
       ValueError: If the manifest is of a newer schema or malformed, arrays are missing, extra
         or changed; all of them are named.
     """
-    folder = Path(folder)
+    folder = fetch(folder, (MANIFEST, WEIGHTS)) if is_remote(folder) else Path(folder)
     manifest = read_manifest(folder)
     tensors = open_tensors(folder / WEIGHTS)
     expected, stored = manifest["tensors"], dict(tensors)

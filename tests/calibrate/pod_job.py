@@ -1,6 +1,8 @@
 """A process of a calibration on a pod, for `test_pod_processes.py`: fashion-dit, a short fit.
 
 python pod_job.py OUT DEVICES DATA BLOCK WEIGHTS [PORT PROCESSES PROCESS]
+
+`POD_MODEL` names another model.
 """
 
 import os
@@ -47,7 +49,7 @@ def main() -> None:
         stages=(stage,),
     )
     pod = Pod.of(data=int(data), block=int(block), weights=weights)
-    run(qjax.load("fashion-dit"), recipe, out=out, seed=3, pod=pod)
+    run(qjax.load(os.environ.get("POD_MODEL", "fashion-dit")), recipe, out=out, seed=3, pod=pod)
 
 
 if __name__ == "__main__":

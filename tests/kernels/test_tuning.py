@@ -37,6 +37,12 @@ def test_without_a_file_rules_decide(cache):
     assert choose("auto", problem()) == Choice("xla")
 
 
+def test_a_cache_in_a_bucket_is_refused(monkeypatch):
+    monkeypatch.setenv("QJAX_CACHE", "gs://bucket/cache")
+    with pytest.raises(ValueError, match="QJAX_CACHE must be a folder of this machine; got 'gs://"):
+        tuning.path()
+
+
 def test_what_is_kept_is_chosen_on_this_machine_alone(cache):
     tuning.keep({problem(): Choice("xla", (64,))})
     tuning.keep({problem(rows=65): Choice("xla", (96,))})
