@@ -26,7 +26,7 @@ from qjax.models.checkpoints import Checkpoint, load_checkpoint
 from qjax.models.conditioners import TextConditioner
 from qjax.models.convert import convert
 from qjax.models.denoisers import Denoiser, abstract_params, build_denoiser
-from qjax.models.hub import CONFIGS, INDEX, WEIGHTS
+from qjax.models.hub import CONFIGS, INDEX, TEXTS, WEIGHTS
 from qjax.models.licenses import license_of
 from qjax.models.loading_sides import load_sides, named_components
 from qjax.models.pipeline import Pipeline, Source
@@ -137,7 +137,8 @@ def copied_here(url: str | os.PathLike[str], *, weights: bool = True) -> Path:
             "(diffusers' layout). Is it the folder of a model? If it was being saved there, that "
             "was broken off: save it again."
         )
-    return fetch(url, WEIGHTS) if weights or is_save else folder
+    everything = (*CONFIGS, *TEXTS, WEIGHTS)
+    return fetch(url, everything) if weights or is_save else folder
 
 
 def load_shapes(folder: Path | str) -> dict[str, Any]:

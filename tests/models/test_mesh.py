@@ -4,6 +4,7 @@ Several devices are virtual ones of a process of their own, `mesh_job.py`.
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,31 @@ def test_scores_of_an_evaluation_do_not_depend_on_the_mesh(found):
     assert np.isfinite(found["scores/none"]).all()
     np.testing.assert_array_equal(found["scores/four"], found["scores/none"])
     assert str(found["device/four"]).startswith("4 devices, each ")
+
+
+@pytest.mark.slow
+def test_two_processes_both_have_all_pictures_of_one(tmp_path):
+    alone = job(tmp_path / "alone", "drawn")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    words = [sys.executable, str(JOB), str(tmp_path / "both"), "2", "drawn", port, "2"]
+    cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+    jobs = [
+        subprocess.Popen([*words, str(i)], stderr=subprocess.PIPE, text=True, env=cpu)
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in jobs]
+    assert [process.returncode for process in jobs] == [0, 0], "\n".join(errors)[-4000:]
+    for found in (np.load(f"{tmp_path / 'both'}.{i}.npz") for i in range(2)):
+        for name in ("all", "again", "own"):
+            for what in ("x_t of ", "prediction of "):
+                ours, theirs = found[f"{what}processes/{name}"], alone[f"{what}low/none"]
+                np.testing.assert_array_equal(ours, theirs)
+            # On CPUs a decoder's sums are split over threads, of which more devices have more.
+            ours = found[f"processes/{name}"]
+            np.testing.assert_allclose(ours, alone["low/none"], rtol=0, atol=1e-7)
+        assert "process" in str(found["processes/refused"])
 
 
 @pytest.mark.slow
