@@ -13,6 +13,7 @@ from qjax.calibrate.spread import on_host
 from qjax.cli_mesh import MESH_BLOCK, MESH_DATA, MESH_WEIGHTS, PROCESSES, joined
 from qjax.cli_models import (
     BATCH,
+    MEMORY,
     MODEL,
     OUT_FOLDER,
     RECIPE,
@@ -21,6 +22,7 @@ from qjax.cli_models import (
     float_shapes,
     load_model,
     require_free,
+    said_of_memory,
     saved_words,
 )
 from qjax.cli_options import Command, Option, path, real, text, whole
@@ -145,7 +147,6 @@ def with_options(
             ("steps", settings.steps),
             ("guidance_scale", settings.guidance),
             ("eta", settings.eta),
-            ("batch", settings.batch),
         )
         if value is not None
     }
@@ -159,7 +160,7 @@ def with_options(
         )
         if value is not None
     }
-    recipe = recipe.with_settings(**changes)
+    recipe = recipe.with_settings(**changes, **said_of_memory(settings))
     if data:
         recipe = _with_data(recipe, data)
     if settings.iterations is None:
@@ -221,6 +222,7 @@ COMMANDS = (
             ),
             Option(name="items", read=whole(1), metavar="N", help="pictures to calibrate on"),
             BATCH,
+            MEMORY,
             Option(
                 name="iterations", read=whole(1), metavar="N", help="optimizer steps of every fit"
             ),

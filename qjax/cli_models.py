@@ -11,7 +11,17 @@ import qjax
 from qjax import api, recipes, topology_plan
 from qjax.calibrate.recipe import Recipe, data_free_name
 from qjax.cli_mesh import MESH_BLOCK, MESH_DATA, MESH_WEIGHTS
-from qjax.cli_options import Command, Option, apply_quant, one_of, place, switch, text, whole
+from qjax.cli_options import (
+    Command,
+    Option,
+    apply_quant,
+    one_of,
+    place,
+    real,
+    switch,
+    text,
+    whole,
+)
 from qjax.cli_output import Output, grid
 from qjax.core.config import QuantConfig
 from qjax.core.manifest import MANIFEST, read_manifest
@@ -50,6 +60,12 @@ BATCH = Option(
     read=whole(1),
     metavar="N",
     help="pictures that run at once while it is calibrated",
+)
+MEMORY = Option(
+    name="memory-gib",
+    read=real,
+    metavar="G",
+    help="most that the data of the blocks being fitted may take on a device",
 )
 OUT_FOLDER = Option(
     name="out",
@@ -147,6 +163,12 @@ def require_free(place: Path | str, *, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} is a file; --out takes a folder.")
 
 
+def said_of_memory(settings: SimpleNamespace) -> dict[str, Any]:
+    """What the command line says of how much a calibration has in memory, by setting."""
+    said = {"batch": settings.batch, "memory_gib": settings.memory_gib}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def plan(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
     """A dry run: what quantizing would do to every leaf."""
     shapes = float_shapes(settings.model)
@@ -158,7 +180,7 @@ def plan(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
         return result
     found = topology_plan.compiled_for(
         settings.model,
-        recipe if settings.batch is None else recipe.with_settings(batch=settings.batch),
+        recipe.with_settings(**said_of_memory(settings)),
         settings.topology,
         output,
         data=getattr(settings, "mesh.data"),
@@ -364,6 +386,7 @@ COMMANDS = (
             MESH_BLOCK,
             MESH_WEIGHTS,
             BATCH,
+            MEMORY,
             Option(
                 name="images",
                 read=whole(1),

@@ -131,7 +131,7 @@ def summary(found: AheadOfTime) -> list[str]:
     if max(found.held("collect"), found.held("fit")) > found.hbm and found.student_bytes:
         verdict += "; mesh.weights=sharded leaves a part of the networks on every device"
     if found.held("collect") > found.hbm:
-        verdict += "; a smaller --batch runs less at once"
+        verdict += "; a smaller --batch runs less at once, a smaller --memory-gib keeps less data"
     return [
         (
             f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "

@@ -85,7 +85,8 @@ def test_a_program_that_no_chip_can_hold_does_not_fit():
     assert not found.fits
     assert "does NOT fit; mesh.weights=sharded" in summary(found)[-1]
     in_parts = dataclasses.replace(found, student_bytes=0)
-    assert summary(in_parts)[-1] == "it does NOT fit; a smaller --batch runs less at once"
+    assert "mesh.weights" not in summary(in_parts)[-1]
+    assert "a smaller --batch" in summary(in_parts)[-1]
 
 
 @libtpu
@@ -124,7 +125,7 @@ def test_in_parts_the_networks_leave_room_where_data_is_collected():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit-xl-2-256", "sd-v1-4", "sdxl-1.0"])
 def test_a_full_size_model_fits_a_slice(model):
-    words = ["--batch", "8"] if model == "sdxl-1.0" else []
+    words = ["--batch", "8", "--memory-gib", "2"] if model == "sdxl-1.0" else []
     found = plan(model, "v5e:16x16", *words)
     assert found["mesh"] == {"data": 8, "block": 32}
     assert found["fits"]
