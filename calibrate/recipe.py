@@ -410,7 +410,7 @@ def _claim_of(pipe: Pipeline, recipe: Recipe, seed: int) -> dict[str, Any]:
     return settings | {"model": source.name, "params": source.sha256}
 
 
-def _check_claim(out: Path, mine: Mapping[str, Any], mirror: Mirror | None) -> None:
+def _check_claim(out: Path, mine: Mapping[str, Any], mirror: Mirror | None = None) -> None:
     """That the folder is new, or for this run."""
     path = out / RUN
     named = out if mirror is None else mirror.url
