@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 SCHEMES = ("gs", "s3", "az")
-"""What a remote place begins with, before `://`."""
+"""What a remote place begins with, before a colon and two slashes."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # of one letter: a drive of Windows
 
