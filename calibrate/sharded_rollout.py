@@ -50,6 +50,26 @@ def _over_pieces(pod: Pod, axes: tuple[str, ...], function: Callable[..., Any], 
     )(*arguments)
 
 
+def _step_of_piece(network, shared, x, state, items, *, decay):
+    """`one_step` of a piece, on a device."""
+    params, row, step, prior, scale = shared
+    keys = jax.random.wrap_key_data(items.keys)
+    return one_step(
+        network,
+        gathered(params),
+        x,
+        state,
+        row,
+        items.told,
+        items.null,
+        keys,
+        step,
+        prior,
+        jnp.float32(decay),
+        scale,
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("network", "pod", "axes"))
 def _observe(network, pod, axes, counts, params, x, states, row, items, step, prior, scale):
     """The ranges of a step: the mean of what all pieces find."""
@@ -57,25 +77,8 @@ def _observe(network, pod, axes, counts, params, x, states, row, items, step, pr
     shared = (params, row, step, prior, scale)
 
     def device(counts, shared, pieces):
-        params, row, step, prior, scale = shared
-
         def one(x, state, items):
-            keys = jax.random.wrap_key_data(items.keys)
-            zero = jnp.float32(0)
-            *_, found = one_step(
-                network,
-                gathered(params),
-                x,
-                state,
-                row,
-                items.told,
-                items.null,
-                keys,
-                step,
-                prior,
-                zero,
-                scale,
-            )
+            *_, found = _step_of_piece(network, shared, x, state, items, decay=0)
             return found
 
         found = each(counts[0], one, *pieces)
@@ -96,22 +99,7 @@ def _move(network, pod, axes, counts, params, x, states, row, items, step, prior
     """All pieces one step on."""
 
     def one(shared, x, state, items):
-        params, row, step, prior, scale = shared
-        keys = jax.random.wrap_key_data(items.keys)
-        x, state, _ = one_step(
-            network,
-            gathered(params),
-            x,
-            state,
-            row,
-            items.told,
-            items.null,
-            keys,
-            step,
-            prior,
-            jnp.float32(1),
-            scale,
-        )
+        x, state, _ = _step_of_piece(network, shared, x, state, items, decay=1)
         return x, state
 
     shared = (params, row, step, prior, scale)
