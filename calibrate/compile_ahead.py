@@ -4,19 +4,23 @@ libtpu has the compiler of TPUs and runs on a CPU; params are shapes, nothing is
 compiled are the programs that `sharded_calibration.py` runs and the blocks of the low-bit
 network as sampling runs them: of blocks of equal structure one, on the whole mesh. HBM is what
 the compiler says a program holds on a device, arguments, results and temporaries, and beside it
-what stays there in the meantime: the quantized network while blocks are fitted or run.
+what stays there in the meantime: inputs of blocks while their outputs are collected, the rest of
+the low-bit network while one of its blocks runs.
 
-Whole networks are run by the programs that collect the data of blocks. They are alike but for
-which blocks they keep, and one is compiled: that of the blocks with most data.
+Networks are run, as far as the last of some blocks, by the two programs that collect these blocks'
+data. They are compiled for the blocks whose data and the weights up to there are most.
 
 The compiler is told to take no pains (`QUICKLY`), so that a model takes minutes.
 """
 
 import dataclasses
+import itertools
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +49,9 @@ HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 """Options of the compiler: what it does for speed is left out. Tried by hand on three blocks of
 Stable Diffusion v1-4: 16 s instead of 79, and -0.3 to +4.8 % as much temporary memory."""
+
+AT_ONCE = 4
+"""Programs that are compiled at the same time, at most: each may take gigabytes of the host."""
 
 _COLLECTIVE = re.compile(
     r"= (?P<shapes>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|"
@@ -78,7 +85,7 @@ class Program(NamedTuple):
     """What a compiled program needs on every device.
 
     Attributes:
-      what: `"collect"`, `"fit"` or `"sample"`.
+      what: `"collect inputs"`, `"collect outputs"`, `"fit"` or `"sample"`.
       block: Path of the first block that runs it.
       blocks: How many do.
       argument_bytes: Of its arguments.
@@ -89,7 +96,8 @@ class Program(NamedTuple):
       bytes_accessed: Likewise.
       collectives: How many of each kind it has.
       collective_bytes: Of their results, in one pass.
-      seconds: To compile it.
+      seconds: To compile it, beside others.
+      beside_bytes: What stays on the device while it runs.
     """
 
     what: str
@@ -103,6 +111,7 @@ class Program(NamedTuple):
     collectives: dict[str, int]
     collective_bytes: int
     seconds: float
+    beside_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +123,16 @@ class AheadOfTime:
       data: Devices along the axis of data.
       block: Devices along the axis of blocks.
       programs: What was compiled.
-      student_bytes: Of the quantized params, as far as a device has them while it calibrates.
-      sampler_bytes: Of all of them.
+      weights: Whether every device has networks whole while it runs them, or parts.
+      seconds: To trace and compile everything.
     """
 
     topology: str
     data: int
     block: int
     programs: tuple[Program, ...]
-    student_bytes: int
-    sampler_bytes: int
+    weights: Weights
+    seconds: float
 
     @property
     def hbm(self) -> float:
@@ -131,9 +140,9 @@ class AheadOfTime:
         return HBM[self.topology.split(":")[0]]
 
     def held(self, what: str) -> int:
-        """Most that a device holds while programs of a kind run, the quantized network included."""
-        beside = {"collect": 0, "fit": self.student_bytes, "sample": self.sampler_bytes}[what]
-        return beside + max((p.hbm_bytes for p in self.programs if p.what == what), default=0)
+        """Most that a device holds while programs of a kind run."""
+        mine = (p for p in self.programs if p.what.startswith(what))
+        return max((p.hbm_bytes + p.beside_bytes for p in mine), default=0)
 
     @property
     def fits(self) -> bool:
@@ -215,25 +224,35 @@ def compile_ahead(
     pod.check(shards)
     quantized = quantize(network.params, quant)
     student, tables = student_of(network, quantized, settings.steps)
-    groups = alike(blocks_of(network, student))
+    blocks = blocks_of(network, student)
+    groups = alike(blocks)
     fits = [_Fit.of(pod, network, student, group, settings, tables) for group in groups]
-    largest = max(range(len(groups)), key=lambda g: fits[g].data_bytes)
-    collect = lambda g: _collect(pod, network, student, groups, g, fits[g], settings, tables)
+    run = _run_until(blocks, network.params)
+    parts = 1 if weights == "whole" else len(devices)
+    collects = [f.data_bytes + run[g[-1].path] // parts for f, g in zip(fits, groups, strict=True)]
+    most = collects.index(max(collects))
+    collect = lambda side: (
+        lambda g: _collect(side, pod, network, student, groups, g, fits[g], settings, tables)
+    )
     fit = lambda g: _fit(pod, student, groups[g], fits[g], settings)
     sample = lambda g: _sample(pod, quantized, groups[g], images * network.halves)
     every = range(len(groups))
-    wanted = [("fit", g, fit) for g in every]
-    wanted += [("collect", largest, collect)]
-    wanted += [("sample", g, sample) for g in every]
-    programs: list[Program] = []
-    for what, g, lower in wanted:
-        with target("tpu", devices[0].device_kind):
-            lowered = lower(g)
-        programs.append(_compiled(what, groups[g], lowered))
-        if on_program is not None:
-            on_program(programs[-1], len(programs), len(wanted))
-    held = tree_bytes(quantized) if weights == "whole" else 0
-    return AheadOfTime(topology, data, block, tuple(programs), held, tree_bytes(quantized))
+    # The longest first: the others are compiled beside it.
+    wanted: list[tuple[str, int, Any, int]] = [("collect inputs", most, collect("inputs"), 0)]
+    wanted += [("collect outputs", most, collect("outputs"), fits[most].input_bytes)]
+    wanted += [("fit", g, fit, 0) for g in every]
+    wanted += [("sample", g, sample, tree_bytes(quantized)) for g in every]
+
+    def lowered() -> Iterator[tuple[str, tuple[Block, ...], Any, int]]:
+        for what, g, lower, beside in wanted:
+            with target("tpu", devices[0].device_kind):
+                program = lower(g)
+            yield what, groups[g], program, beside
+
+    start = time.perf_counter()
+    programs = _compile_all(lowered(), len(wanted), on_program)
+    seconds = time.perf_counter() - start
+    return AheadOfTime(topology, data, block, tuple(programs), weights, seconds)
 
 
 def student_of(network: Network, quantized: Params, steps: int) -> tuple[Student, Tables]:
@@ -256,6 +275,13 @@ def blocks_of(network: Network, student: Student) -> tuple[Block, ...]:
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     jax.eval_shape(look, student.params, network.x_t, t, network.told)
     return tuple(found)
+
+
+def _run_until(blocks: tuple[Block, ...], *networks: Params) -> dict[str, int]:
+    """Bytes of the blocks of networks up to each and with it, by its path."""
+    bytes_of = lambda block: sum(tree_bytes(params_of(block, params)) for params in networks)
+    sums = itertools.accumulate(map(bytes_of, blocks))
+    return {block.path: total for block, total in zip(blocks, sums, strict=True)}
 
 
 def _inputs(block: Block, lead: tuple[int, ...]) -> Any:
@@ -320,6 +346,7 @@ class _Fit(NamedTuple):
       axis: Of the mesh, along which they lie.
       items: Of every shard.
       data_bytes: Of a device's data.
+      input_bytes: Of the inputs among them.
     """
 
     shapes: tuple[Params, Any, optimize.Carry, Any]
@@ -327,6 +354,7 @@ class _Fit(NamedTuple):
     axis: str | None
     items: int
     data_bytes: int
+    input_bytes: int
 
     @classmethod
     def of(cls, pod, network, student, group, settings, tables) -> "_Fit":
@@ -334,17 +362,20 @@ class _Fit(NamedTuple):
         shapes = fit_shapes(network, student, group[0], settings, tables)
         k = sharded_fit.padded(pod, min(max(settings.at_once, pod.block), len(group)))
         blocks_here, shards_here, _ = map(int, sharded_fit.counts_of(pod, k, settings.shards))
-        held = bytes_per_item(shapes[-1], 1) * blocks_here * shards_here
+        here = blocks_here * shards_here
+        held, of_inputs = (bytes_per_item(tree, 1) * here for tree in (shapes[-1], shapes[-1][0]))
         wanted = settings.pairs * network.halves // settings.shards
         items = items_within(settings.memory_gib, held, wanted, least=1)
-        return cls(shapes, k, sharded_fit.block_axis(pod, k), items, held * items)
+        return cls(
+            shapes, k, sharded_fit.block_axis(pod, k), items, held * items, of_inputs * items
+        )
 
 
 def _fit(pod, student, group, found, settings) -> Any:
     """The program that fits blocks."""
     fit, shards = settings.fit, settings.shards
     runner = student.runner(group[0])
-    (params, fixed, carry, item), k, axis, items, _ = found
+    (params, fixed, carry, item), k, axis, items, *_ = found
     lead = (k, shards, items)
     grow = lambda tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((*lead, *a.shape[1:]), a.dtype), tree
@@ -378,27 +409,27 @@ def _fit(pod, student, group, found, settings) -> Any:
     )
 
 
-def _collect(pod, network, student, groups, group, found, settings, tables) -> Any:
-    """The program that collects what blocks of a group are fitted to."""
+def _collect(side, pod, network, student, groups, group, found, settings, tables) -> Any:
+    """The program that collects inputs or outputs of blocks of a group."""
     size = max(settings.batch // settings.shards, 1) * network.halves
     lead = (max(found.items // size, 1) * settings.shards, size)
     ints: Any = jax.ShapeDtypeStruct(lead, jnp.int32)
     grow: Any = lambda a: jax.ShapeDtypeStruct((*lead, *a.shape[1:]), a.dtype)
     samples = Samples(grow(network.x_t), ints, jax.tree.map(grow, network.told), ints)
+    apply, params, tables = {
+        "inputs": (student.apply, student.params, tables),
+        "outputs": (network.apply, network.params, {}),
+    }[side]
     return sharded_collect.collect_pieces.lower(
-        student.apply,
-        network.apply,
+        side,
+        apply,
         tuple(student.formats.items()),
         groups,
         group,
         pod,
         found.axis,
         _placed(pod, jax.ShapeDtypeStruct((2,), jnp.int32)),
-        (
-            placed_shapes(pod, student.params),
-            _placed(pod, tables),
-            placed_shapes(pod, network.params),
-        ),
+        (placed_shapes(pod, params), _placed(pod, tables)),
         _placed(pod, jax.ShapeDtypeStruct((found.places,), jnp.int32), found.axis),
         _placed(pod, samples, DATA),
     )
@@ -443,6 +474,32 @@ def _without_ranges(params: Params) -> Params:
         for path, q in quantized_kernels(params).items()
     }
     return with_kernels(params, kernels)
+
+
+def _compile_all(
+    lowered: Iterable[tuple[str, tuple[Block, ...], Any, int]],
+    total: int,
+    on_program: Callable[[Program, int, int], None] | None,
+) -> list[Program]:
+    """Compile programs, some at once, while the next are traced and lowered."""
+    done, lock = 0, threading.Lock()
+
+    def compile_one(what: str, group: tuple[Block, ...], program: Any, beside: int) -> Program:
+        nonlocal done
+        compiled = _compiled(what, group, program)._replace(beside_bytes=beside)
+        with lock:
+            done += 1
+            if on_program is not None:
+                on_program(compiled, done, total)
+        return compiled
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, AT_ONCE)) as pool:
+        try:
+            futures = [pool.submit(compile_one, *one) for one in lowered]
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _compiled(what: str, group: tuple[Block, ...], lowered: Any) -> Program:

@@ -169,8 +169,8 @@ def each(count: jax.Array, function: Callable[..., Any], *mapped: Any) -> Any:
     Returns:
       Its results, stacked.
     """
-    leaves = jax.tree.leaves(mapped)
-    length = leaves[0].shape[0]
+    length = jax.tree.leaves(mapped)[0].shape[0]
+    function = jax.jit(function)  # traced once, for its shapes and for the loop
     take = lambda i: jax.tree.map(
         lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), mapped
     )

@@ -47,14 +47,14 @@ class ShardedCalibration(Calibration):
         self.ordered = self.settings.reduction == "ordered"
         self.states = States(self.work.shared, pod)
         pod.check(self.shards)
-        if pod.weights == "sharded":
-            self.teacher = self.teacher.replace(params=on_host(self.teacher.params))
-            self.student = dataclasses.replace(
-                self.student,
-                params=on_host(self.student.params),
-                floats=on_host(self.student.floats),
-                kernels=on_host(self.student.kernels),
-            )
+        # Programs get what they need; no device has more of the networks than others.
+        self.teacher = self.teacher.replace(params=on_host(self.teacher.params))
+        self.student = dataclasses.replace(
+            self.student,
+            params=on_host(self.student.params),
+            floats=on_host(self.student.floats),
+            kernels=on_host(self.student.kernels),
+        )
 
     def _roll_out(
         self, name: str, network: Network, driver: tuple[Network, Params] | None
@@ -189,31 +189,30 @@ class ShardedCalibration(Calibration):
         pod, count = self.pod, len(blocks)
         places = sharded_fit.padded(pod, count)
         axis = sharded_fit.block_axis(pod, places)
-        begun = [
-            self._begin(block, runner, refresh, number, fit)
-            for block, number in zip(blocks, numbers, strict=True)
-        ]
-        begun += begun[-1:] * (places - count)
         groups = int(self.group[-1]) + 1
-        carries = [
-            optimize.start_optimizer(begin, groups, fit, runner, problem)
-            for problem, begin, _ in begun
-        ]
-        to_pod = lambda trees: pod.put(jax.tree.map(np.asarray, sharded_fit.stack(trees)), axis)
-        carry = to_pod(carries)
-        bare = to_pod([(p.params, p.fixed, p.baseline) for p, _, _ in begun])
+        begun: list[tuple] = []
+        for block, number in zip(blocks, numbers, strict=True):
+            problem, begin, key = self._begin(block, runner, refresh, number, fit)
+            state = optimize.start_optimizer(begin, groups, fit, runner, problem)
+            bare = (problem.params, problem.fixed, problem.baseline)
+            # One by one to the host: no device has room for all.
+            begun.append(on_host((state, bare, nearest(problem, begin), jax.random.key_data(key))))
+        begun += begun[-1:] * (places - count)
+        states, problems, rounded, keys = zip(*begun, strict=True)
+        to_pod = lambda trees: pod.put(sharded_fit.stack(trees), axis)
         data = collect(places - count)
-        problem = Problem(bare[0], bare[1], data.inputs, data.target, data.group, bare[2])
+        carry: optimize.Carry = to_pod(states)
+        params, fixed, baseline = to_pod(problems)
+        problem = Problem(params, fixed, data.inputs, data.target, data.group, baseline)
+        key_data = to_pod(keys)
         counts = pod.put(sharded_fit.counts_of(pod, places, self.shards))
-        key_data = pod.put(jax.random.key_data(jnp.stack([key for *_, key in begun])), axis)
 
         def errors(problem: Problem, fitted: Fitted) -> Array:
             return sharded_fit.mean_errors(
                 runner, fit.batch, pod, self.shards, self.ordered, axis, problem, fitted, counts
             )
 
-        rounded = to_pod([nearest(p, begin) for p, begin, _ in begun])
-        baseline = _at_least(errors(problem, rounded), 1e-12)
+        baseline = _at_least(errors(problem, to_pod(rounded)), 1e-12)
         problem = problem._replace(baseline=baseline)
 
         def chunk(carry: optimize.Carry, first: int, length: int) -> tuple[optimize.Carry, Array]:

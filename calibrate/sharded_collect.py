@@ -3,9 +3,10 @@
 As `collect.py`, in pieces of equal size that a device runs one after the other.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,35 +22,36 @@ from qjax.calibrate.spread import gathered, place, specs
 from qjax.calibrate.student import Student, Tables
 from qjax.core.typing import Apply, Params
 
+Side = Literal["inputs", "outputs"]
+
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("apply", "float_apply", "formats", "groups", "wanted", "pod", "blocks"),
+    jax.jit, static_argnames=("side", "apply", "formats", "groups", "wanted", "pod", "blocks")
 )
 def collect_pieces(
-    apply, float_apply, formats, groups, wanted, pod, blocks, counts, shared, chosen, samples
+    side: Side, apply, formats, groups, wanted, pod, blocks, counts, shared, chosen, samples
 ):
-    """Inputs in the student, outputs in the teacher of blocks of the group `wanted`."""
+    """Inputs in the student, or outputs in the teacher, of blocks of the group `wanted`.
+
+    Two programs, so that a device holds one network at a time.
+    """
 
     def device(counts, shared, chosen, samples):
-        in_parts, tables, floats_in_parts = shared
+        in_parts, tables = shared
 
         def of_block(number):
             indices = [number if g == wanted else jnp.int32(0) for g in range(len(groups))]
 
             def of_piece(piece):
-                params, floats = gathered(in_parts), gathered(floats_in_parts)
+                params = gathered(in_parts)
 
-                def student():
-                    with simulated(quantizing(dict(formats), tables, piece.group)):
+                def run():
+                    hook = quantizing(dict(formats), tables, piece.group)
+                    with simulated(hook) if side == "inputs" else contextlib.nullcontext():
                         return apply({"params": params}, piece.x_t, piece.t, piece.told)
 
-                def teacher():
-                    return float_apply({"params": floats}, piece.x_t, piece.t, piece.told)
-
-                _, kept = watched(student, groups, indices)
-                _, aims = watched(teacher, groups, indices)
-                return kept[wanted][0], aims[wanted][1]
+                inputs, output = watched(run, groups, indices)[1][wanted]
+                return inputs if side == "inputs" else output
 
             return each(counts[1], of_piece, samples)
 
@@ -156,19 +158,17 @@ def collect_blocks(
     ]
     counts = pod.put(np.array([here[0], len(kept) // pod.data], np.int32))
     on_pod = _on_pod(pod, kept)
-    inputs, target = collect_pieces(
-        student.apply,
-        teacher[0],
-        formats,
-        groups,
-        group,
-        pod,
-        blocks,
-        counts,
-        (place(pod, student.params), pod.put(tables), place(pod, teacher[1])),
-        pod.put(np.asarray(members, np.int32), blocks),
-        on_pod,
-    )
+    chosen = pod.put(np.asarray(members, np.int32), blocks)
+
+    def collected(side: Side, apply: Apply, params: Params, tables: Tables) -> Any:
+        shared = (place(pod, params), pod.put(tables))
+        return collect_pieces(
+            side, apply, formats, groups, group, pod, blocks, counts, shared, chosen, on_pod
+        )
+
+    inputs = collected("inputs", student.apply, student.params, tables)
+    jax.block_until_ready(inputs)  # before the other network comes
+    target = collected("outputs", *teacher, {})
     inputs, target = _joined((inputs, target), shards, 1)
     groups_of_items = jnp.broadcast_to(on_pod.group, (k, *on_pod.group.shape))
     return Data(inputs, target, _joined(groups_of_items, shards, 1))

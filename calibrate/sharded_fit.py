@@ -28,8 +28,8 @@ Reduction = str
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of equal structure as one, stacked along a new first axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    """Trees of equal structure as one on the host, stacked along a new first axis."""
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(a) for a in leaves]), *trees)
 
 
 def problem_spec(blocks: Any) -> Any:

@@ -28,6 +28,7 @@ from jax import lax
 
 from qjax.core.typing import Array, Float
 from qjax.kernels.quant_conv_xla import IMAGE, Padding, pad_image
+from qjax.kernels.target import by_platform
 
 
 def conv(
@@ -73,7 +74,7 @@ def _conv(x, w, strides: int, pads: Padding):
         return y.astype(x.dtype)
 
     plain = functools.partial(_plain, strides=strides, pads=pads)
-    return lax.platform_dependent(x, w, cpu=wide, default=plain)
+    return by_platform(x, w, cpu=wide, default=plain)
 
 
 def _forward(x, w, strides, pads):
@@ -92,7 +93,7 @@ def _backward(strides, pads, saved, dy):
     def as_jax_does(x, w, dy):
         return jax.vjp(functools.partial(_plain, strides=strides, pads=pads), x, w)[1](dy)
 
-    return lax.platform_dependent(x, w, dy, cpu=transposed, default=as_jax_does)
+    return by_platform(x, w, dy, cpu=transposed, default=as_jax_does)
 
 
 _conv.defvjp(_forward, _backward)

@@ -32,7 +32,7 @@ from qjax.kernels.quant_conv_xla import (
     shifted_dots,
 )
 from qjax.kernels.quant_matmul import Implementation, choose, on_its_platform, quant_matmul
-from qjax.kernels.target import current_target
+from qjax.kernels.target import by_platform, current_target
 
 # Forms by input channels, on a CPU (benchmarks/conv.py): one matmul per tap is faster than
 # patches from here on, and gathers nothing; below the other number patches are too narrow for
@@ -134,7 +134,7 @@ def quant_conv(
             image = pad_image(p, padding, x_zero)
             return scaled(native_dots(image, kernel.codes(i), strides, x_zero))
 
-        return lax.platform_dependent(p, tpu=by_native, default=by_patches)
+        return by_platform(p, tpu=by_native, default=by_patches)
     if x_zero is not None:
         return by_patches(p)
     if i >= SHIFT_FROM_CHANNELS:
@@ -142,7 +142,7 @@ def quant_conv(
         return scaled(shifted_dots(image, kernel.q, strides, kernel.fmt))
     if i < FLOAT_BELOW_CHANNELS and float_dots_are_exact(kh * kw * i, kernel.fmt.bits):
         by_floats = lambda p: scaled(float_dots(p, kernel.codes(i), strides, padding))
-        return lax.platform_dependent(p, cpu=by_floats, default=by_patches)
+        return by_platform(p, cpu=by_floats, default=by_patches)
     return by_patches(p)
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels import quant_matmul_hopper as hopper
@@ -30,7 +29,7 @@ from qjax.kernels.packing import Format
 from qjax.kernels.problem import Problem, why_not
 from qjax.kernels.quant_matmul_tpu import quant_matmul_tpu
 from qjax.kernels.quant_matmul_xla import quant_matmul_xla, shared_groups, weight_matmul_xla
-from qjax.kernels.target import current_target
+from qjax.kernels.target import by_platform, current_target
 from qjax.kernels.tiles_tpu import Blocks
 from qjax.kernels.tuning import Choice
 from qjax.kernels.weight_matmul_hopper import Cut, weight_matmul_hopper
@@ -192,4 +191,4 @@ def on_its_platform(
     by_kernel = functools.partial(one_device, with_nones(kernel), xla)
     given = [array for array in operands if array is not None]
     platform = {"tpu": "tpu", "hopper": "cuda"}[chosen]
-    return lax.platform_dependent(*given, default=xla, **{platform: by_kernel})
+    return by_platform(*given, default=xla, **{platform: by_kernel})

@@ -24,6 +24,7 @@ from jax import lax
 
 from qjax.core.typing import Array, Float, Int
 from qjax.kernels.packing import Format
+from qjax.kernels.target import by_platform
 
 # Weights in one piece. On a CPU (2 cores, 1 MiB of L2 each) pieces of 2**17 to 2**19 weights
 # took the same time within the noise, larger and smaller ones more: benchmarks/matmul.py.
@@ -308,4 +309,4 @@ def _in_pieces(
         zeros = jnp.zeros((rows, columns), dtype)
         return lax.fori_loop(0, -(-columns // piece), add_piece, zeros)
 
-    return lax.platform_dependent(weight, cpu=pieces, default=whole)
+    return by_platform(weight, cpu=pieces, default=whole)

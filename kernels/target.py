@@ -10,8 +10,8 @@ Tracing is what must happen inside; a function that jit has traced before keeps 
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
@@ -39,6 +39,20 @@ def target(platform: str, kind: str) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+def by_platform(*operands: Any, default: Callable[..., Any], **others: Callable[..., Any]) -> Any:
+    """As `jax.lax.platform_dependent`; within a `target` that platform's function is traced alone.
+
+    Args:
+      *operands: Of the functions.
+      default: Runs on platforms that are not named.
+      **others: By the names of platforms: `cpu`, `tpu`, `cuda`.
+    """
+    told = _TARGET.get()
+    if told is None:
+        return jax.lax.platform_dependent(*operands, default=default, **others)
+    return others.get({"gpu": "cuda"}.get(told.platform, told.platform), default)(*operands)
 
 
 def current_target() -> Target:

@@ -66,8 +66,7 @@ def _calibrate(
     recipe = with_options(recipe, settings, teacher, prompts)
     if pod is not None:
         recipe = on_pod(recipe, settings, pod, output)
-        if pod.weights == "sharded":
-            teacher = teacher.replace(params=on_host(teacher.params))
+        teacher = teacher.replace(params=on_host(teacher.params))
     stages = max(len(recipe.stages), 1)
     with output.progress("calibrating") as tell:
         on_stage, on_event = stage_progress(lambda done, words: tell(done, stages, words))

@@ -128,7 +128,7 @@ def summary(found: AheadOfTime) -> list[str]:
     """What matters, in lines."""
     most = lambda what: f"{bytes_text(found.held(what))} of {bytes_text(int(found.hbm))}"
     verdict = "fits" if found.fits else "does NOT fit"
-    if max(found.held("collect"), found.held("fit")) > found.hbm and found.student_bytes:
+    if found.held("collect") > found.hbm and found.weights == "whole":
         verdict += "; mesh.weights=sharded leaves a part of the networks on every device"
     if found.held("collect") > found.hbm:
         verdict += "; a smaller --batch runs less at once, a smaller --memory-gib keeps less data"
@@ -136,7 +136,7 @@ def summary(found: AheadOfTime) -> list[str]:
         (
             f"{found.topology}: {found.data * found.block} devices, {found.data} along data and "
             f"{found.block} along blocks; {len(found.programs)} programs compiled in "
-            f"{sum(program.seconds for program in found.programs):.0f} s"
+            f"{found.seconds:.0f} s"
         ),
         f"HBM of a device while the data of blocks is collected: {most('collect')}",
         f"HBM of a device while blocks are fitted: {most('fit')}",

@@ -30,6 +30,7 @@ from qjax.kernels.quant_conv_xla import (
 )
 from qjax.kernels.quant_matmul import quant_matmul, weight_matmul
 from qjax.kernels.quant_matmul_xla import PIECE_VALUES
+from qjax.kernels.target import by_platform
 
 Row = Mapping[str, Array]
 
@@ -169,7 +170,7 @@ def _weight_conv(strides: int, pads: Padding, x: Array, w: QTensor) -> Array:
         return y.reshape(*view.shape[:3], o)
     if w.size <= PIECE_VALUES:
         return whole(x, w)
-    return lax.platform_dependent(x, w, cpu=by_taps, default=whole)
+    return by_platform(x, w, cpu=by_taps, default=whole)
 
 
 _conv = jax.custom_jvp(_low_bit_conv, nondiff_argnums=(0, 1))

@@ -79,12 +79,12 @@ class Refused:
 
 
 def test_a_program_that_no_chip_can_hold_does_not_fit():
-    program = _compiled("collect", (Block("a", None, (), "a"),), Refused())
+    program = _compiled("collect inputs", (Block("a", None, (), "a"),), Refused())
     assert program.hbm_bytes == int(65.12 * 2**30)
-    found = AheadOfTime("v5e:2x2", 4, 1, (program,), 1, 1)
+    found = AheadOfTime("v5e:2x2", 4, 1, (program,), "whole", 2.0)
     assert not found.fits
     assert "does NOT fit; mesh.weights=sharded" in summary(found)[-1]
-    in_parts = dataclasses.replace(found, student_bytes=0)
+    in_parts = dataclasses.replace(found, weights="sharded")
     assert "mesh.weights" not in summary(in_parts)[-1]
     assert "a smaller --batch" in summary(in_parts)[-1]
 
@@ -94,9 +94,10 @@ def test_a_program_that_no_chip_can_hold_does_not_fit():
 def test_a_shipped_model_is_compiled_for_a_slice(topology):
     found = plan("fashion-dit", topology)
     collects, fits, samples = (
-        [p for p in found["programs"] if p["what"] == what] for what in ("collect", "fit", "sample")
+        [p for p in found["programs"] if p["what"].startswith(what)]
+        for what in ("collect", "fit", "sample")
     )
-    assert [p["collectives"] for p in collects] == [{}]  # every device runs its own items
+    assert [p["collectives"] for p in collects] == [{}, {}]  # every device runs its own items
     # Alike blocks run one program.
     assert len(fits) == len(samples) < sum(p["blocks"] for p in fits)
     assert found["mesh"]["data"] * found["mesh"]["block"] == {"v5e:2x2": 4, "v6e:2x4": 8}[topology]
@@ -113,19 +114,17 @@ def test_in_parts_the_networks_leave_room_where_data_is_collected():
     whole, parts = (
         plan("dit-xl-2-256", "v5e:4x4", *words) for words in ([], ["mesh.weights=sharded"])
     )
-    (collect,) = (p for p in parts["programs"] if p["what"] == "collect")
-    assert collect["collectives"]["all-gather"] > 100  # of layer after layer
-    float_bytes, student_bytes = 1.35e9, 0.36e9
+    collects = [p for p in parts["programs"] if p["what"].startswith("collect")]
+    assert all(p["collectives"]["all-gather"] > 50 for p in collects)  # of layer after layer
     saved = whole["collect_bytes"] - parts["collect_bytes"]
-    assert saved > 0.8 * (float_bytes + student_bytes) * 15 / 16
-    assert parts["fit_bytes"] < whole["fit_bytes"]
+    assert saved > 0.8 * 1.35e9 * 15 / 16
 
 
 @libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit-xl-2-256", "sd-v1-4", "sdxl-1.0"])
 def test_a_full_size_model_fits_a_slice(model):
-    words = ["--batch", "8", "--memory-gib", "2"] if model == "sdxl-1.0" else []
+    words = ["--batch", "8"] if model == "sdxl-1.0" else []
     found = plan(model, "v5e:16x16", *words)
     assert found["mesh"] == {"data": 8, "block": 32}
     assert found["fits"]
