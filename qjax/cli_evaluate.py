@@ -57,7 +57,8 @@ def run(settings: SimpleNamespace, output: Output) -> dict[str, Any]:
             names=(short_name(settings.model), short_name(settings.reference or "")),
             on_progress=tell,
         )
-    sampler = f"{found.num_images:,} pictures of {found.told}, {found.steps} steps"
+    pictures = "picture" if found.num_images == 1 else "pictures"
+    sampler = f"{found.num_images:,} {pictures} of {found.told}, {found.steps} steps"
     if found.guidance_scale is not None:
         sampler += f", guidance {found.guidance_scale:g}"
     output.say(
