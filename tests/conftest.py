@@ -1,5 +1,6 @@
 """Strict dtype promotion and one thread of torch for every test, and what several files use."""
 
+import importlib.metadata
 import os
 import tempfile
 
@@ -7,14 +8,24 @@ import tempfile
 # another take many times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# To fuse loops takes XLA:CPU most of the time of a compilation. Later ones cannot be told, and
+# end the process if they are.
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
 # What `qjax tune` found on this machine has no part in tests.
 os.environ["QJAX_CACHE"] = os.path.join(tempfile.gettempdir(), "qjax-tests-without-tuning")
 
 import collections
+import fnmatch
 import gc
-import importlib
+import itertools
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,23 +36,46 @@ from huggingface_hub.utils import filter_repo_objects
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+TESTS = itertools.count()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_collections():
     """What is imported and compiled by now stays: looking for garbage in it takes long."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """A process of tests compiles thousands of programs."""
+    """A process of tests compiles thousands of programs; looked at after every 20th."""
     yield
-    if "qjax.calibrate" in sys.modules:
+    if next(TESTS) % 20 == 0 and "qjax.calibrate" in sys.modules:
         from qjax.calibrate.programs import drop_programs
 
-        drop_programs()
+        if drop_programs():
+            gc.unfreeze()
+            gc.collect()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Cases that a test's `quick_cases` do not name are slow."""
+    quick = collections.Counter()
+    for item in items:
+        if mark := item.get_closest_marker("quick_cases"):
+            named = any(fnmatch.fnmatchcase(item.callspec.id, case) for case in mark.args)
+            quick[item.nodeid.partition("[")[0]] += named
+            if not named:
+                item.add_marker(pytest.mark.slow)
+    lost = [test for test, count in quick.items() if not count]
+    if lost and not any("::" in word for word in config.args):
+        raise pytest.UsageError(f"quick_cases name no case of {', '.join(lost)}")
+
+
+def pytest_sessionfinish():
+    """Other plugins look at who refers to what, which frozen objects do not tell."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -58,15 +92,87 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs of this file are compiled in less than half the time, and run more slowly.
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """Programs are compiled in less than half the time, and run more slowly.
 
-    For files of tiny networks that run a few times each: `usefixtures("quick_compilation")`.
+    Not in files marked `optimized`: what they look at is made by the compiler's passes, or they
+    run longer than they are compiled.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+class PodJobs:
+    """Jobs of several processes that meet over loopback, in `tests/calibrate/pod_job.py`."""
+
+    @staticmethod
+    def free_port() -> int:
+        """A port that nothing listens on."""
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            return one.getsockname()[1]
+
+    def begin(self, log, *words, processes=1, env=None, disk=None):
+        """The processes of a job, started; what they say goes to the end of `log`.
+
+        `disk()` is a folder for each of them, where they are and have what is temporary.
+        """
+        others = [self.free_port(), processes] if processes > 1 else []
+        job = Path(__file__).with_name("calibrate") / "pod_job.py"
+        begun = []
+        for process in range(processes):
+            here = disk() if disk else None
+            temporary = {"TMPDIR": str(here)} if here else {}
+            line = [sys.executable, job, *words, *others, *([process] if others else [])]
+            with open(log, "ab") as end:
+                begun.append(
+                    subprocess.Popen(
+                        list(map(str, line)),
+                        stdout=end,
+                        stderr=end,
+                        cwd=here,
+                        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}) | temporary,
+                    )
+                )
+        return begun
+
+    @staticmethod
+    def wait(jobs, seconds=900):
+        """Their exit statuses; none is left behind."""
+        end = time.monotonic() + seconds
+        try:
+            return [job.wait(max(end - time.monotonic(), 1)) for job in jobs]
+        finally:
+            PodJobs.kill(*jobs)
+
+    @staticmethod
+    def until(there, jobs, seconds=600):
+        """Wait for what running processes make."""
+        end = time.monotonic() + seconds
+        try:
+            while not there():
+                assert time.monotonic() < end, "the job did not come so far"
+                assert all(job.poll() is None for job in jobs), "the job ended before"
+                time.sleep(0.05)
+        except BaseException:
+            PodJobs.kill(*jobs)
+            raise
+
+    @staticmethod
+    def kill(*jobs):
+        """End them at once, in this order."""
+        for job in jobs:
+            job.kill()
+            job.wait()
+
+
+@pytest.fixture(scope="session")
+def pod_jobs():
+    """Starts processes of a job and waits for them."""
+    return PodJobs()
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from qjax.models import loading
 from qjax.models.pipeline import Pipeline
 from qjax.models.samplers import DDIM
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 URL = "gs://bucket/models/one"
 
 

@@ -12,8 +12,6 @@ from qjax.loss_plot import save_losses
 from qjax.noise_plot import save_noise
 from qjax.search_plot import save_fronts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODEL = "fashion-dit"
 S2P = ("calibrate", MODEL, "--recipe", "s2p_w4a8")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -65,11 +64,8 @@ def done(*jobs):
     return [out for out, _ in said]
 
 
-def two(words):
+def two(words, port):
     """Two processes with two devices each."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
     mesh = [f"mesh.coordinator=127.0.0.1:{port}", "mesh.processes=2"]
     return done(*(start([*words, *mesh, f"mesh.process={i}"], 2) for i in (0, 1)))
 
@@ -79,12 +75,12 @@ def result(folder):
 
 
 @pytest.mark.slow
-def test_pictures_and_scores_are_the_same_by_one_process_and_by_two(tmp_path):
+def test_pictures_and_scores_are_the_same_by_one_process_and_by_two(pod_jobs, tmp_path):
     plain, mesh, both = (tmp_path / f"{name}.npy" for name in ("plain", "mesh", "both"))
     done(start([*DRAWING, "--out", plain], 1))
     (said,) = done(start([*DRAWING, "--out", mesh, "mesh.data=4"], 4))
     assert "spread over 4 devices" in said
-    first, second = two([*DRAWING, "--out", both])
+    first, second = two([*DRAWING, "--out", both], pod_jobs.free_port())
     assert "7 pictures" in first and "pictures" not in second
     images = np.load(plain)
     assert len(images) == 7 and np.ptp(images) > 1
@@ -95,18 +91,18 @@ def test_pictures_and_scores_are_the_same_by_one_process_and_by_two(tmp_path):
     done(start([*SCORING, "--out", plain], 1))
     done(start([*SCORING, "--out", mesh, "mesh.data=4"], 4))
     assert result(mesh)["scores"] == result(plain)["scores"]
-    two([*SCORING, "--out", both])
+    two([*SCORING, "--out", both], pod_jobs.free_port())
     assert result(both)["scores"] == result(plain)["scores"]
     # A part that is lost is drawn again by both; the other is read.
     (both / "pictures-00000008.safetensors").unlink()
     (both / "evaluation.json").unlink()
-    two([*SCORING, "--out", both])
+    two([*SCORING, "--out", both], pod_jobs.free_port())
     assert result(both)["scores"] == result(plain)["scores"]
 
 
 @pytest.mark.slow
-def test_a_folder_of_another_run_ends_both_processes(tmp_path):
+def test_a_folder_of_another_run_ends_both_processes(pod_jobs, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(AssertionError, match="no empty folder"):
-        two([*SCORING, "--out", tmp_path])
+        two([*SCORING, "--out", tmp_path], pod_jobs.free_port())
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]

@@ -26,7 +26,6 @@ from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_config import UNet2DConfig
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 UNET = {"sample_size": 4, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
 CROSS = UNET | {
@@ -161,12 +160,14 @@ def written(request, words, tmp_path_factory):
     return request.param, pipe, folder
 
 
+@pytest.mark.quick_cases("StableDiffusionXLPipeline", "LDMPipeline", "DiTPipeline", "Pipeline")
 def test_the_index_names_the_class_of_diffusers_that_runs_it(written):
     name, pipe, folder = written
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == pipeline_class(pipe) == name
 
 
+@pytest.mark.quick_cases("StableDiffusionXLPipeline", "LDMPipeline", "DiTPipeline")
 @pytest.mark.torch_oracle
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")

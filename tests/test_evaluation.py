@@ -30,8 +30,6 @@ from qjax.models.inception import InceptionFeatures
 from qjax.models.pipeline import Pipeline
 from qjax.models.samplers import DDIM
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = (12, 12, 3)
 
 

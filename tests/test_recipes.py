@@ -108,6 +108,7 @@ def test_a_recipe_is_as_its_name_says(name):
             assert (16 if entry.act is None else entry.act.bits) == (16 if adaln else act)
 
 
+@pytest.mark.quick_cases("dit-w4a8", "sdxl-w4a8", "ldm4-w4a8", "fashion-*")
 @pytest.mark.parametrize("name", recipes.DATA_FREE)
 @pytest.mark.parametrize("model", CONFIGS)
 def test_only_edges_and_embedders_stay_in_float(model, name):

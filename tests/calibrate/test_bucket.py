@@ -20,7 +20,7 @@ from qjax.core.manifest import MANIFEST, WEIGHTS
 from qjax.core.mirror import LEASE
 from qjax.core.qtensor import is_qtensor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 URL = "gs://bucket/runs/one"
 PARTS = 3

@@ -5,7 +5,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -103,55 +102,23 @@ def pod(gcs, dit, tmp_path):
     return store, environment | quick
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+@pytest.fixture
+def begin(pod_jobs, pod, tmp_path):
+    """Starts the processes of a job, each in an empty folder of its own."""
+    _, environment = pod
 
+    def disk():
+        folder = tmp_path / f"disk-{time.monotonic_ns()}"
+        folder.mkdir()
+        return folder
 
-def begin(tmp_path, environment, out, devices, data, block, processes=1):
-    """The processes of a job, each in an empty folder of its own, started."""
-    port, jobs = free_port(), []
-    for process in range(processes):
-        words = [out, devices, data, block, "whole"]
-        words += [port, processes, process] if processes > 1 else []
-        disk = tmp_path / f"disk-{time.monotonic_ns()}"
-        disk.mkdir()
-        with open(tmp_path / "log", "ab") as log:
-            jobs.append(
-                subprocess.Popen(
-                    [sys.executable, str(HERE / "pod_job.py"), *map(str, words)],
-                    stdout=log,
-                    stderr=log,
-                    cwd=disk,
-                    env=environment | {"TMPDIR": str(disk)},
-                )
-            )
-    return jobs
+    def begin(out, devices, data, block, processes=1):
+        words = (out, devices, data, block, "whole")
+        return pod_jobs.begin(
+            tmp_path / "log", *words, processes=processes, env=environment, disk=disk
+        )
 
-
-def wait(jobs, seconds=900):
-    end = time.monotonic() + seconds
-    try:
-        return [job.wait(max(end - time.monotonic(), 1)) for job in jobs]
-    finally:
-        for job in jobs:
-            if job.poll() is None:
-                job.kill()
-                job.wait()
-
-
-def until(there, jobs, seconds=600):
-    end = time.monotonic() + seconds
-    try:
-        while not there():
-            assert time.monotonic() < end, "the job did not come so far"
-            assert all(job.poll() is None for job in jobs), "the job ended before"
-            time.sleep(0.05)
-    except BaseException:
-        for job in jobs:
-            job.kill()
-        raise
+    return begin
 
 
 def final_of(store):
@@ -172,12 +139,12 @@ def test_gcsfs_reads_and_writes_what_the_local_disk_does(gcs):
 
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
 def test_states_that_processes_kept_in_a_bucket_others_read_and_what_was_broken_off_is_none(
-    gcs, tmp_path, writers, readers
+    gcs, pod_jobs, tmp_path, writers, readers
 ):
     store, environment = gcs
 
     def job(what, processes):
-        words = [sys.executable, "-c", STATES, what, str(free_port()), str(processes)]
+        words = [sys.executable, "-c", STATES, what, str(pod_jobs.free_port()), str(processes)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         jobs = [
             subprocess.Popen([*words, str(process)], env=environment, cwd=tmp_path, **streams)
@@ -201,27 +168,27 @@ def test_states_that_processes_kept_in_a_bucket_others_read_and_what_was_broken_
     assert not any(name.startswith(folder) for name in store.names("bucket"))
 
 
-def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk_though_killed(pod, tmp_path):
-    store, environment = pod
+def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk_though_killed(
+    begin, pod, pod_jobs, tmp_path
+):
+    store, _ = pod
     local = tmp_path / "local"
     log = tmp_path / "log"
-    assert wait(begin(tmp_path, environment, local, 8, 8, 1)) == [0], log.read_text()[-4000:]
+    assert pod_jobs.wait(begin(local, 8, 8, 1)) == [0], log.read_text()[-4000:]
     whole = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (local / "final").iterdir()
     }
-    jobs = begin(tmp_path, environment, OUT, 4, 4, 2, processes=2)
+    jobs = begin(OUT, 4, 4, 2, processes=2)
     kept = lambda: any(
         name.startswith(f"{PARTS}/refresh-0-network-state-") and name.endswith("commit_success.txt")
         for name in store.names("bucket")
     )
-    until(kept, jobs)
-    for job in reversed(jobs):
-        job.send_signal(signal.SIGKILL)
-        job.wait()
+    pod_jobs.until(kept, jobs)
+    pod_jobs.kill(*reversed(jobs))
     assert not any(name.startswith("run/final/") for name in store.names("bucket"))
     # Another number of devices and processes, another disk; the lease's holder is gone.
-    assert wait(begin(tmp_path, environment, OUT, 2, 2, 1)) == [0], log.read_text()[-4000:]
+    assert pod_jobs.wait(begin(OUT, 2, 2, 1)) == [0], log.read_text()[-4000:]
     events = store.objects["bucket", f"{PARTS}/log.jsonl"][0].decode().splitlines()
     assert any(json.loads(line)["event"] == "read" for line in events)
     assert final_of(store) == whole
@@ -229,16 +196,18 @@ def test_two_processes_in_a_bucket_end_with_the_bits_of_one_on_a_disk_though_kil
     assert left == []
 
 
-def test_told_to_stop_all_processes_keep_what_they_have_in_the_bucket(pod, tmp_path):
-    store, environment = pod
-    jobs = begin(tmp_path, environment, OUT, 2, 4, 1, processes=2)
+def test_told_to_stop_all_processes_keep_what_they_have_in_the_bucket(
+    begin, pod, pod_jobs, tmp_path
+):
+    store, _ = pod
+    jobs = begin(OUT, 2, 4, 1, processes=2)
     is_part = lambda name: name.startswith(PARTS) and name.endswith(".safetensors")
-    until(lambda: any(map(is_part, store.names("bucket"))), jobs)
+    pod_jobs.until(lambda: any(map(is_part, store.names("bucket"))), jobs)
     jobs[1].send_signal(signal.SIGTERM)
     log = tmp_path / "log"
-    assert wait(jobs) == [143, 143], log.read_text()[-4000:]
+    assert pod_jobs.wait(jobs) == [143, 143], log.read_text()[-4000:]
     assert "run/.qjax-lease" not in store.names("bucket")
     # Two processes again, on empty disks: both read what the bucket has.
-    assert wait(begin(tmp_path, environment, OUT, 2, 4, 1, 2)) == [0, 0], log.read_text()[-4000:]
+    assert pod_jobs.wait(begin(OUT, 2, 4, 1, processes=2)) == [0, 0], log.read_text()[-4000:]
     assert final_of(store)
     assert not [name for name in store.names("bucket") if "-state-" in name]

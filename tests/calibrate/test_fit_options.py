@@ -24,7 +24,7 @@ from qjax.calibrate.simulate import simulated
 from qjax.calibrate.traces import network_problem, pairs_of
 from qjax.calibrate.work import Work
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STEPS, ITEMS = 3, 8
 LATENT = FitSettings(weights="latent", weight_rate=1e-2, iterations=40, batch=8, chunk=20)

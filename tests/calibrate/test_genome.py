@@ -51,8 +51,6 @@ from qjax.core.quantize import plan, quantize_leaf
 from qjax.core.quantizers import integer_range
 from qjax.core.serialize import params_digest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def gene(path="a", macs=64, choices=(2, 4, 8), stored=(40, 30, 20), **fields) -> Gene:
     fields = {"weight_bits": 4, "act_bits": 8, "float_ops": 3} | fields
@@ -267,6 +265,7 @@ def test_inputs_at_any_choice_are_those_of_the_real_quantizer(shape, symmetric, 
         np.testing.assert_allclose(run(x, jnp.int32(k)), real(x, act), atol=1e-6)
 
 
+@pytest.mark.quick_cases("shape0-mse")
 @pytest.mark.parametrize(("shape", "method"), [((24, 5), "mse"), ((3, 3, 24, 5), "minmax")])
 def test_kernels_at_any_choice_are_those_of_the_real_quantizer(shape, method, key):
     w = jax.random.normal(key, shape) + 0.2

@@ -9,8 +9,6 @@ from qjax.calibrate.gptq import GPTQSettings, gptq, output_error
 from qjax.core.config import WeightSpec
 from qjax.core.quantizers import integer_range, quantize_weight
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 INPUTS, OUTPUTS = 48, 12
 
 
@@ -94,6 +92,7 @@ def test_the_integers_are_those_of_a_plain_reference(symmetric, group_size, sett
     assert np.abs(floats(found) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.quick_cases("*-3")
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [None, 16])

@@ -17,7 +17,7 @@ from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.metrics import relative_l2
 from qjax.core.serialize import params_digest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STAGE = GPTQ(
     steps=3, guidance_scale=2.0, data=CalibrationSet(items=8), pairs=24, batch=8, act_order=True

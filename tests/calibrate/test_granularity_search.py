@@ -22,7 +22,7 @@ from qjax.core.steps import StepTable, TableKey
 from qjax.models.features import FeatureNet, FeatureNetConfig
 from qjax.models.loading import load_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SMALL = EvolutionSettings(population=6, keep=3, crossovers=2, mutations=2, generations=2)
 STAGE = GranularitySearch(
@@ -142,6 +142,7 @@ def test_a_search_killed_after_any_generation_ends_with_the_same_winner(
     assert len(seen) == len(set(seen)) == 14  # nothing was evaluated twice
 
 
+@pytest.mark.slow
 def test_pictures_are_compared_by_a_feature_net(dit, tmp_path):
     config = FeatureNetConfig(channels=(2, 2, 2), num_features=2, num_classes=2)
     net = FeatureNet(config).init(jax.random.key(0), jnp.zeros((1, 8, 8, 2)))["params"]

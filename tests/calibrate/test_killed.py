@@ -19,7 +19,7 @@ from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.time_table import TimePrecalculation
 from qjax.calibrate.work import Work
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 KILLS = 5
 

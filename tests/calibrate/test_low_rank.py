@@ -32,7 +32,7 @@ from qjax.models.pipeline import Pipeline
 from qjax.models.retargeting import network_of
 from qjax.models.time_table import time_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STAGE = LowRank(rank=2, iterations=3)
 W4A8 = QuantConfig(weight=WeightSpec(bits=4), act=ActSpec())

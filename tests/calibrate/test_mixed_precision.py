@@ -26,7 +26,7 @@ from qjax.core.steps import StepTable, TableKey
 from qjax.models.features import FeatureNet, FeatureNetConfig
 from qjax.models.loading import load_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STAGE = MixedPrecision(
     mean_bits=4.0,

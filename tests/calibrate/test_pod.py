@@ -17,7 +17,7 @@ from qjax.calibrate.serial_parallel import SerialParallel
 from qjax.calibrate.sharded_calibration import rounds_of
 from qjax.calibrate.states import States
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 # Of eight virtual devices, which a process can have only from its start.
 SUMS = """

@@ -49,6 +49,7 @@ def file(request, recipe, tmp_path):
     return path
 
 
+@pytest.mark.quick_cases("yaml")
 def test_it_makes_the_same_of_another_checkpoint_of_the_architecture(dit, groups, file):
     config = load_search(file).config_for(dit.params)
     assert config == grouped_config(QUANT, entries_of(dit.params, QUANT), groups)

@@ -29,7 +29,7 @@ from qjax.calibrate.student import stratified_pairs
 from qjax.calibrate.work import Work
 from qjax.core.config import ActSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SETTINGS = SerialParallelSettings(
     steps=3,
@@ -166,6 +166,7 @@ def test_pairs_are_all_different_and_alike_in_every_step():
 # The fit.
 
 
+@pytest.mark.quick_cases("adaround", "latent")
 @pytest.mark.parametrize("weights", ["adaround", "latent", "lora", "nearest"])
 def test_a_fit_lowers_the_error_of_a_block(dit_fixed, weights):
     block = dit_fixed.groups[0][1]

@@ -18,7 +18,7 @@ from qjax.calibrate.serial_parallel import SerialParallel, SerialParallelSetting
 from qjax.calibrate.work import Work
 from qjax.core.metrics import relative_l2
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STEPS = 3
 SETTINGS = {

@@ -13,8 +13,6 @@ from qjax.core.config import ActSpec
 from qjax.core.steps import StepTable, TableKey
 from qjax.models.pndm import PNDM
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 4
 SCALE = jnp.float32(2.0)
 

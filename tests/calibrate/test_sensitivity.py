@@ -31,8 +31,6 @@ from qjax.core.safetensors_io import write_tensors
 from qjax.core.serialize import flatten
 from qjax.models.features import FeatureNet, FeatureNetConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BITS = (3, 4, 8)
 NET = FeatureNetConfig(channels=(4, 6, 8), num_features=3, num_classes=2)
 

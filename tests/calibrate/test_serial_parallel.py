@@ -17,7 +17,7 @@ from qjax.core.config import QuantConfig, WeightSpec
 from qjax.core.serialize import params_digest
 from qjax.models.loading import load_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STAGE = SerialParallel(
     steps=3,
@@ -53,6 +53,7 @@ def test_fitting_blocks_lowers_the_error_of_new_samples(dit, fitted, ranges_only
     assert error(dit, fitted) < 0.9 * error(dit, ranges_only)
 
 
+@pytest.mark.slow
 def test_fitting_the_network_lowers_it_too(dit, student, ranges_only, error):
     fit = dataclasses.replace(STAGE.fit, iterations=200)
     whole = run(dit, recipe_of(student, fits="network", refreshes=2, fit=fit), seed=1)
@@ -154,6 +155,7 @@ def test_steps_that_share_a_range_share_a_row(dit, student):
         assert len(set(np.asarray(leaf).tolist())) == 1
 
 
+@pytest.mark.slow
 def test_the_same_recipe_in_another_profile_runs(dit, student, ranges_only, error):
     latent = FitSettings(iterations=60, batch=16, chunk=20, weights="latent", weight_rate=3e-3)
     assert error(dit, run(dit, recipe_of(student, fit=latent), seed=1)) < error(dit, ranges_only)

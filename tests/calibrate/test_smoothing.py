@@ -30,7 +30,7 @@ from qjax.models.unet2d_condition import UNet2DConditionModel
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_condition_inputs import abstract_inputs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STAGE = Smoothing(steps=2, data=CalibrationSet(items=4), pairs=8, batch=4)
 W4A4 = QuantConfig(
@@ -82,6 +82,7 @@ def scaled(params, pairs, rng):
     return with_leaves(params, changed)
 
 
+@pytest.mark.quick_cases("dit-*", "unet-*")
 @pytest.mark.parametrize("name, count", [("dit", 7), ("unet", 8), ("text", 28)])
 def test_folding_any_scales_leaves_the_function_as_it_is(name, count, request):
     apply, params, inputs = denoiser(name, request)
@@ -115,6 +116,7 @@ def test_scales_are_those_of_the_paper_and_1_for_dead_channels():
     np.testing.assert_allclose(smoothing_scales(x, 4 * w, 0.0), [0.25, 0.25, 1, 1], rtol=1e-5)
 
 
+@pytest.mark.quick_cases("None", "*static*")
 @pytest.mark.parametrize("act", [None, ActSpec(bits=4), ActSpec(mode="static")], ids=str)
 def test_the_error_of_a_search_is_that_of_the_integers(act):
     rng = np.random.default_rng(0)

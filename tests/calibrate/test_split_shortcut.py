@@ -22,7 +22,7 @@ from qjax.models.unet2d_condition import UNet2DConditionModel
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_condition_inputs import abstract_inputs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STATIC = ActSpec(mode="static", granularity="per_group", group_size=8, symmetric=False)
 W4A8 = QuantConfig(
@@ -67,6 +67,7 @@ def integer_conv(x, q, row, padding):
     return y
 
 
+@pytest.mark.quick_cases("1-8-False", "3-8-True", "3-None-True")
 @pytest.mark.parametrize("group_size, symmetric", [(8, True), (8, False), (None, True)])
 @pytest.mark.parametrize("side", (1, 3))
 def test_a_grouped_convolution_has_the_sums_of_exact_integers(side, group_size, symmetric):

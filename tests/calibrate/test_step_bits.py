@@ -21,8 +21,6 @@ from qjax.calibrate.work import Work
 from qjax.core.config import ActSpec, QuantConfig, WeightSpec
 from qjax.core.metrics import relative_l2
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DATA = CalibrationSet(items=12)
 STEPS = 4
 SETTINGS = {"steps": STEPS, "guidance_scale": 2.0, "data": DATA}

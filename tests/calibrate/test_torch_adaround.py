@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 pytestmark = [
     pytest.mark.torch_oracle,
-    pytest.mark.usefixtures("quick_compilation", "standard_promotion"),
+    pytest.mark.usefixtures("standard_promotion"),
 ]
 
 CONFIG = DiTConfig(
@@ -35,6 +35,7 @@ def block():
     return _fit_problem.make(DiTBlock(CONFIG), args, SETTINGS, floats="modulation/kernel", batch=4)
 
 
+@pytest.mark.quick_cases("relative-*")
 @pytest.mark.parametrize(("scaling", "strength"), [("relative", 1.0), ("absolute", 0.01)])
 def test_five_iterations_of_both_have_the_same_losses_and_roundings(block, scaling, strength):
     pytest.importorskip("torch")

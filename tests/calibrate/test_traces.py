@@ -13,7 +13,7 @@ from qjax.calibrate.serial_parallel_settings import SerialParallelSettings
 from qjax.calibrate.traces import errors_by_step, network_problem, pairs_of, rises, trace
 from qjax.calibrate.work import Work
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STEPS, ITEMS = 6, 8
 SETTINGS = SerialParallelSettings(

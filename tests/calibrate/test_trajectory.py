@@ -20,7 +20,7 @@ from qjax.models.euler import Euler
 from qjax.models.pndm import PNDM
 from qjax.models.sampling import draw_noise, guided_prediction
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 STEPS, ITEMS = 3, 8
 FIT = FitSettings(weights="latent", weight_rate=1e-2, iterations=60, batch=8, chunk=20)

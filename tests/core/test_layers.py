@@ -15,8 +15,6 @@ from qjax.core.linen import box
 from qjax.core.qtensor import from_codes
 from qjax.core.quantizers import quantize_weight
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

@@ -17,8 +17,6 @@ from qjax.core.layers import Dense
 from qjax.core.qtensor import QTensor, from_codes, is_qtensor
 from qjax.core.quantize import dequantize, quantize, quantize_leaf
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 W4 = WeightSpec(bits=4, granularity="per_group", group_size=(8, 4))
 W8 = WeightSpec(bits=8)
 A8 = ActSpec(bits=8)
@@ -84,6 +82,7 @@ def relative(y, reference):
     return float(jnp.linalg.norm(y - reference) / jnp.linalg.norm(reference))
 
 
+@pytest.mark.quick_cases("w4")
 @pytest.mark.parametrize("weight", [W8, W4], ids=["w8", "w4"])
 def test_an_unmodified_model_reads_the_dequantized_weights(images, weight):
     qparams = quantized(weight)
@@ -330,6 +329,7 @@ def dense_like(kernel_path, module, x, key, act=A8, weight=W4):
     return y, jax.jit(run)(qparams, x), log.layers
 
 
+@pytest.mark.quick_cases("True-*", "False-query*", "False-conv/kernel-module4*")
 @pytest.mark.parametrize(
     ("path", "module", "shape"),
     [

@@ -16,8 +16,6 @@ from qjax.core.config import ActSpec, QuantConfig, Rule, WeightSpec
 from qjax.core.qtensor import QTensor, from_codes
 from qjax.core.quantize import dequantize, plan, quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 W4 = WeightSpec(bits=4, granularity="per_group", group_size=(8, 4))
 W8 = WeightSpec(bits=8)
 A8 = ActSpec(bits=8)
@@ -116,6 +114,7 @@ def stored(variable):
     return variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value
 
 
+@pytest.mark.quick_cases("graph")
 def test_an_unmodified_module_reads_the_dequantized_weights(net, images, mode):
     with mode:
         quantized = quantize(net, config(W4))

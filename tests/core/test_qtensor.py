@@ -16,8 +16,6 @@ from qjax.core.linen import BoxedQTensor, box
 from qjax.core.qtensor import QTensor, from_codes, is_qtensor, native_dtype, spread
 from qjax.kernels import packing
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BITS = tuple(packing.PLANES)
 ACT = ActSpec(granularity="per_group", group_size=(64, None))
 

@@ -15,8 +15,6 @@ from qjax.core.linen import BoxedQTensor
 from qjax.core.qtensor import QTensor, is_qtensor
 from qjax.core.quantize import dequantize, plan, quantize, quantize_leaf, tree_bytes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 W8 = WeightSpec(bits=8)
 W4 = WeightSpec(bits=4, granularity="per_group", group_size=4)
 A8 = ActSpec(bits=8)

@@ -188,6 +188,7 @@ def test_scaling_by_a_power_of_two_scales_the_steps(symmetric, w, exponent):
     np.testing.assert_array_equal(np.asarray(scaled.scale, np.float64), wanted)
 
 
+@pytest.mark.quick_cases("per_tensor-symmetric", "per_channel-asymmetric")
 @SYMMETRIES
 @pytest.mark.parametrize("granularity", ("per_tensor", "per_channel"))
 def test_more_bits_mean_less_error(symmetric, granularity):

@@ -20,8 +20,6 @@ from qjax.core.manifest import MANIFEST
 from qjax.core.qtensor import QTensor, from_codes, is_qtensor
 from qjax.core.safetensors_io import open_tensors, write_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RECORD = {"model": "DiT", "sizes": [1, 2.5, None], "nested": {"guided": True}}
 REFUSED = (ValueError, FileNotFoundError)
 

@@ -5,8 +5,6 @@ import pytest
 
 from qjax.core.steps import StepTable, TableKey
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = TableKey(
     timesteps=(751, 501, 251, 1), sampler="ddim", eta=0.0, guidance_scale=1.5, method="w4a8"
 )

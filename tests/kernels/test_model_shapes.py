@@ -23,6 +23,7 @@ def shapes(model: str):
     return published_shapes(model)
 
 
+@pytest.mark.quick_cases("dit-xl-2-256-w4a8", "sd-v1-4-w8a8")
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "q_dit_w4a8"])
 @pytest.mark.parametrize(
     "model", ["dit-xl-2-256", "sd-v1-4", pytest.param("sdxl-1.0", marks=pytest.mark.slow)]

@@ -67,11 +67,6 @@ PRESETS = [
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def compiled(function):
-    """Compiled in half the time: the models are tiny and run once or twice."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def tiny_config(**settings):
     return AutoencoderKLConfig.from_diffusers(TINY | settings)
 
@@ -110,7 +105,7 @@ def params_of(torch_module, module, *inputs):
 def with_weights_of(torch_module, module, *inputs):
     """`module` with the parameters of `torch_module`, compiled."""
     params = params_of(torch_module, module, *inputs)
-    return compiled(functools.partial(module.apply, {"params": params}))
+    return jax.jit(functools.partial(module.apply, {"params": params}))
 
 
 def assert_close(ours, reference, tolerance=TOLERANCE):
@@ -176,17 +171,18 @@ def test_mid_block_agrees_with_diffusers(name, shape):
 # Model
 
 
+@pytest.mark.quick_cases("plain-shape0", "attention*", "without*")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize(("name", "shape"), PLAIN_AT_ALL_SHAPES)
 def test_encode_and_decode_agree_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
     x, z = image(*shape, model.config.in_channels), image(*shape, model.config.latent_channels)
-    posterior = compiled(functools.partial(model.apply, method="encode"))({"params": params}, x)
+    posterior = jax.jit(functools.partial(model.apply, method="encode"))({"params": params}, x)
     expected = theirs.encode(to_torch(x)).latent_dist
     assert_close(posterior.mean, from_torch(expected.mean))
     assert_close(posterior.log_variance, from_torch(expected.logvar))
     assert_close(posterior.std, from_torch(expected.std))
-    decoded = compiled(functools.partial(model.apply, method="decode"))({"params": params}, z)
+    decoded = jax.jit(functools.partial(model.apply, method="decode"))({"params": params}, z)
     assert_close(decoded, from_torch(theirs.decode(to_torch(z)).sample))
 
 
@@ -195,7 +191,7 @@ def test_whole_model_and_its_gradient_agree_with_diffusers():
     theirs, model, params = reference_model("plain")
     x, weights = image(2, 8, 12, 3), image(2, 8, 12, 3, seed=1)
     ours = lambda x: jnp.vdot(weights, model.apply({"params": params}, x))
-    value, gradient = compiled(jax.value_and_grad(ours))(x)
+    value, gradient = jax.jit(jax.value_and_grad(ours))(x)
 
     their_x = to_torch(x).requires_grad_()
     their_value = (theirs(their_x).sample * to_torch(weights)).sum()
@@ -221,7 +217,7 @@ def test_sample_has_the_mean_and_the_clipped_variance(log_variance, key):
 def test_call_reconstructs_from_the_mode_or_with_a_key_from_a_sample(key):
     model, params = tiny_model(levels=1)
 
-    @compiled
+    @jax.jit
     def images(x):
         apply = functools.partial(model.apply, {"params": params})
         posterior = apply(x, method="encode")
@@ -238,8 +234,8 @@ def test_vmap_over_batches_equals_one_large_batch():
     model, params = tiny_model(levels=1)
     decode = lambda z: model.apply({"params": params}, z, method="decode")
     z = image(4, 4, 6, 4)
-    together = compiled(decode)(z)
-    stacked = compiled(jax.vmap(decode))(z.reshape(2, 2, 4, 6, 4))
+    together = jax.jit(decode)(z)
+    stacked = jax.jit(jax.vmap(decode))(z.reshape(2, 2, 4, 6, 4))
     assert_close(stacked.reshape(together.shape), together)
 
 
@@ -282,7 +278,7 @@ def model_of_large_sums():
 
 def decode_as(dtype, config, params, latents):
     decode = functools.partial(AutoencoderKL(config, dtype).apply, method="decode")
-    return np.asarray(compiled(decode)({"params": params}, latents))
+    return np.asarray(jax.jit(decode)({"params": params}, latents))
 
 
 def test_size_of_the_residual_sums_does_not_show_in_the_image():
@@ -293,7 +289,7 @@ def test_size_of_the_residual_sums_does_not_show_in_the_image():
 
 def test_float16_overflows_where_nothing_prevents_it():
     model, params, _ = model_of_large_sums()
-    intermediates = compiled(
+    intermediates = jax.jit(
         lambda z: model.apply(
             {"params": params}, z, method="decode", capture_intermediates=True, mutable=True
         )[1]["intermediates"]
@@ -331,7 +327,7 @@ def test_bfloat16_needs_no_upcast():
 def test_encoding_in_float16_is_upcast_too():
     model, params = tiny_model(levels=1)
     moments = lambda dtype: np.asarray(
-        compiled(functools.partial(model.clone(dtype=dtype).apply, method="moments"))(
+        jax.jit(functools.partial(model.clone(dtype=dtype).apply, method="moments"))(
             {"params": params}, image(1, 8, 8, 3)
         )
     )

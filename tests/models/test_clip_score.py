@@ -15,8 +15,6 @@ from qjax.models.clip_vision import checkpoint_keys as vision_keys
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 TOKENS = [START, END, *LETTERS, *(letter + "</w>" for letter in LETTERS)]

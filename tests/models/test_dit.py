@@ -76,6 +76,7 @@ def run_both(config: DiTConfig, model, batch: int, size: int, seed: int) -> floa
     return relative_error(ours, theirs.transpose(0, 2, 3, 1))
 
 
+@pytest.mark.quick_cases("2")
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_model_equals_diffusers(batch):
     assert run_both(SMALL, oracle(SMALL), batch, 16, batch) <= 1e-4
@@ -96,6 +97,7 @@ def test_other_sizes_equal_diffusers(change):
     assert run_both(config, oracle(config), 2, config.sample_size, 0) <= 1e-4
 
 
+@pytest.mark.quick_cases("4")
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_block_equals_diffusers(tokens):
     model = oracle(SMALL)

@@ -16,8 +16,6 @@ from qjax.models.inception import (
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Reference:
     """The port's forward pass in PyTorch's functions, its keys written out."""

@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.torch_oracle,
-    pytest.mark.usefixtures("quick_compilation"),
     # diffusers and torch speak of their own future.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -125,6 +124,7 @@ def test_the_embedding_of_the_scale_is_that_of_diffusers(theirs, width):
         np.testing.assert_allclose(found[1], row, atol=2e-3)
 
 
+@pytest.mark.quick_cases("8.5")
 @pytest.mark.parametrize("scale", [1.0, 8.5])
 def test_latents_are_those_of_diffusers_after_steps_with_the_same_noise(
     theirs, pipe, scale, monkeypatch

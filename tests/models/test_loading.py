@@ -25,8 +25,6 @@ from qjax.models.saving import load_saved, method_name, save_pipeline
 from qjax.models.schedules import Schedule
 from qjax.models.unet2d_config import UNet2DConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = DiTConfig(
     sample_size=4,
     patch_size=2,

@@ -18,8 +18,6 @@ from qjax.models.convert import Target, linear
 from qjax.models.lora import attach, detach, fuse, load_lora, rescale
 from qjax.models.unet2d_keys import keys_of_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
 
 
@@ -135,6 +133,7 @@ def test_a_side_branch_is_the_fused_kernel(params, tmp_path):
     assert relative(run(params), fused) > 1e-2
 
 
+@pytest.mark.quick_cases("w4a16")
 @pytest.mark.parametrize(
     "recipe, error", [(qjax.recipes.w8a8, 0.05), (qjax.recipes.w4a16, 1e-4)], ids=("w8a8", "w4a16")
 )

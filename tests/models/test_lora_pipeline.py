@@ -25,7 +25,6 @@ from qjax.models.unet2d_condition_keys import checkpoint_keys
 from qjax.recipes import w8a8
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TRANSFORMER = "down_blocks.0.attentions.0.transformer_blocks.0"
 UNET = {  # what the authors of Stable Diffusion call them, in kohya's spelling
@@ -203,6 +202,7 @@ def with_lora(pipe, tables, tmp_path_factory):
     return pipe.with_lora(path, scale=0.7)
 
 
+@pytest.mark.quick_cases("kohya")
 @pytest.mark.parametrize("spell", [before_peft, kohya, authors])
 def test_all_spellings_draw_the_same_images(pipe, tables, with_lora, tmp_path, spell):
     found = pipe.with_lora(lora_file(tables, tmp_path / "style.safetensors", spell), scale=0.7)
@@ -324,6 +324,7 @@ def full_depth(family):
     )
 
 
+@pytest.mark.quick_cases("sd_v1_4")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("family", ["sd_v1_4", "sdxl"])
 def test_the_authors_names_mean_what_they_mean_to_diffusers(family):

@@ -8,8 +8,6 @@ from qjax.models.lpips import NETS, checkpoint_keys, convert_lpips, lpips
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def random_state(net):
     rng = np.random.default_rng(0)

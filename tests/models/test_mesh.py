@@ -4,7 +4,6 @@ Several devices are virtual ones of a process of their own, `mesh_job.py`.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,11 +77,9 @@ def test_scores_of_an_evaluation_do_not_depend_on_the_mesh(found):
 
 
 @pytest.mark.slow
-def test_two_processes_both_have_all_pictures_of_one(tmp_path):
+def test_two_processes_both_have_all_pictures_of_one(pod_jobs, tmp_path):
     alone = job(tmp_path / "alone", "drawn")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    port = str(pod_jobs.free_port())
     words = [sys.executable, str(JOB), str(tmp_path / "both"), "2", "drawn", port, "2"]
     cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
     jobs = [

@@ -20,8 +20,6 @@ from qjax.models.samplers import DDIM, correct_prediction
 from qjax.models.sampling import draw_noise, image_keys
 from qjax.models.schedules import PREDICTION_TYPES, Schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = (2, 4, 4, 4)
 SD = Schedule.scaled_linear()
 SAMPLERS = {

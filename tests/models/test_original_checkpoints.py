@@ -16,8 +16,6 @@ from qjax.models.original_checkpoints import Published, read
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_config import UNet2DConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -182,6 +180,7 @@ class Payload:
         return print, ("code ran",)
 
 
+@pytest.mark.quick_cases("code")
 @pytest.mark.parametrize(
     "content, message",
     [

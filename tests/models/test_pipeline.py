@@ -10,8 +10,6 @@ from qjax.models.samplers import DDIM, DDPM
 from qjax.models.sampling import draw_noise, image_keys, to_images
 from qjax.models.schedules import Schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = (4, 4, 2)
 SAMPLER = DDIM(schedule=Schedule.linear(100, 1e-3, 0.1), clip_sample=False)
 PARAMS = {"gain": jnp.asarray(0.7), "classes": jnp.array([0.0, 0.1, 0.2, -0.3])}
@@ -88,6 +86,7 @@ def test_sampling_is_the_plain_loop_over_the_steps(eta, guidance_scale, key):
     np.testing.assert_allclose(found, x_t, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick_cases("sampler0")
 @pytest.mark.parametrize("sampler", [SAMPLER, DDPM(schedule=SAMPLER.schedule)])
 def test_an_image_does_not_depend_on_the_batch(sampler, key):
     pipe = pipeline(sampler=sampler)

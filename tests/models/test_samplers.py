@@ -118,6 +118,7 @@ def assert_same_trajectory(ours, theirs):
     assert error <= 1e-5, error
 
 
+@pytest.mark.quick_cases("*-20-*")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize(("steps", "eta"), [(20, 0.0), (20, 1.0), (50, 0.0), (50, 0.4)])
 @every_prediction_type
@@ -135,6 +136,7 @@ def test_ddim_trajectory_equals_diffusers(setting, prediction_type, steps, eta, 
     assert_same_trajectory(run(sampler, steps, x_T, noises, eta=eta), theirs)
 
 
+@pytest.mark.quick_cases("*-20*")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("steps", [20, 50])
 @every_prediction_type

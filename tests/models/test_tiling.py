@@ -25,11 +25,6 @@ TILE = 8
 SIZES = [(8, 9), (12, 8), (13, 19), (14, 20), (25, 11)]
 
 
-def compiled(function):
-    """Compiled in half the time: the models are tiny and run once or twice."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def image(b, h, w, c, seed=0):
     return np.random.default_rng(seed).normal(size=(b, h, w, c)).astype(np.float32)
 
@@ -78,7 +73,7 @@ def apply(method):
 
 def tiled_by(function, **settings):
     """`tiled`, compiled."""
-    return compiled(functools.partial(tiled, function, **settings))
+    return jax.jit(functools.partial(tiled, function, **settings))
 
 
 def centred_and_doubled(x):
@@ -90,6 +85,7 @@ def centred_and_doubled(x):
 # Tiles
 
 
+@pytest.mark.quick_cases("size0", "size2", "size4")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_and_their_blending_are_those_of_diffusers(size):
@@ -105,7 +101,7 @@ def test_tiles_and_their_blending_are_those_of_diffusers(size):
     z = image(2, *size, 4)
     ours = tiled_by(centred_and_doubled, tile=TILE)(z)
     assert_close(ours, from_torch(theirs.decode(to_torch(z)).sample))
-    assert np.abs(ours - compiled(centred_and_doubled)(z)).max() > 0.1  # not that of the whole
+    assert np.abs(ours - jax.jit(centred_and_doubled)(z)).max() > 0.1  # not that of the whole
 
 
 @pytest.mark.torch_oracle
@@ -157,15 +153,15 @@ def test_alike_tiles_share_a_program():
 def test_gradient_of_tiles_is_that_of_the_whole():
     x, weights = image(1, 13, 11, 2), image(1, 13, 11, 2, seed=1)
     loss = lambda x: jnp.vdot(weights, tiled(jnp.sin, x, tile=TILE))
-    of_tiles = compiled(jax.grad(loss))(x)
+    of_tiles = jax.jit(jax.grad(loss))(x)
     np.testing.assert_allclose(of_tiles, weights * np.cos(x), rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_work_under_vmap():
     x = image(4, 13, 11, 2)
     function = functools.partial(tiled, centred_and_doubled, tile=TILE)
-    stacked = compiled(jax.vmap(function))(x.reshape(2, 2, 13, 11, 2))
-    expected = np.asarray(compiled(function)(x))
+    stacked = jax.jit(jax.vmap(function))(x.reshape(2, 2, 13, 11, 2))
+    expected = np.asarray(jax.jit(function)(x))
     assert_close(stacked.reshape(expected.shape), expected)
 
 
@@ -193,8 +189,8 @@ def test_overlap_between_two_pixels_of_the_result_raises():
 
 def test_one_image_at_a_time_gives_what_the_batch_gives():
     z, decode = image(3, 8, 4, 4), apply("decode")
-    together = compiled(decode)(z)
-    one_by_one = compiled(functools.partial(one_at_a_time, decode))(z)
+    together = jax.jit(decode)(z)
+    one_by_one = jax.jit(functools.partial(one_at_a_time, decode))(z)
     assert_close(one_by_one, np.asarray(together))
 
 
@@ -208,7 +204,7 @@ def test_one_image_at_a_time_takes_functions_of_many_results():
 
 
 def temporary_bytes(function, *shape):
-    program = compiled(function).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    program = jax.jit(function).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

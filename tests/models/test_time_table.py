@@ -144,16 +144,6 @@ def images(model, b):
     return np.random.default_rng(2).normal(size=shape).astype(np.float32)
 
 
-@functools.cache
-def quick():
-    """Compiler options for what is tiny and runs once."""
-    return {"xla_backend_optimization_level": 0}
-
-
-def compiled(function):
-    return jax.jit(function, compiler_options=quick())
-
-
 def outputs_of_layers(name, t):
     """What the network's own time layers answer within a whole evaluation at timesteps `t`."""
     model, params = network(name)
@@ -166,9 +156,10 @@ def outputs_of_layers(name, t):
         return answer[1]["intermediates"]
 
     b = len(t)
-    return compiled(intermediates)(params, images(model, b), t, told(model, b))
+    return jax.jit(intermediates)(params, images(model, b), t, told(model, b))
 
 
+@pytest.mark.quick_cases("sd1", "sdxl", "unet", "dit")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_table_is_what_the_float_layers_compute(name):
     model, params = network(name)
@@ -184,6 +175,7 @@ def test_a_table_is_what_the_float_layers_compute(name):
         assert error <= 1e-6 * np.abs(flat[path]).max(), path
 
 
+@pytest.mark.quick_cases("sd1", "sdxl", "unet", "dit")
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "resampling"])
 def test_without_its_time_layers_a_network_answers_the_same(name):
     model, params = network(name)
@@ -192,7 +184,7 @@ def test_without_its_time_layers_a_network_answers_the_same(name):
     t = np.float32(STEPS[1])
     row = jax.tree.map(lambda leaf: leaf[1], time_table(model, params, STEPS))
     inputs = images(model, 2), t, told(model, 2)
-    apply = compiled(model.apply)
+    apply = jax.jit(model.apply)
     expected = apply({"params": params}, *inputs)
     np.testing.assert_allclose(
         apply({"params": rest, "time": row}, *inputs), expected, rtol=1e-5, atol=1e-5
@@ -208,7 +200,7 @@ def test_a_row_is_read_and_the_timestep_is_not(name):
     rows = time_table(model, params, STEPS)
     row = lambda i: jax.tree.map(lambda leaf: leaf[i], rows)
     x_t, labels = images(model, 2), told(model, 2)
-    apply = compiled(model.apply)
+    apply = jax.jit(model.apply)
     first = apply({"params": rest, "time": row(0)}, x_t, np.float32(3), labels)
     assert np.array_equal(
         first, apply({"params": rest, "time": row(0)}, x_t, np.float32(9), labels)
@@ -219,6 +211,7 @@ def test_a_row_is_read_and_the_timestep_is_not(name):
     np.testing.assert_allclose(full, first, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick_cases("sd1", "dit")
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "unet", "dit"])
 def test_float32_rows_do_not_change_the_dtype_of_the_computation(name):
     model, params = network(name)

@@ -24,21 +24,6 @@ TEXT_TOKENS, TEXT_WIDTH, WIDTH = 5, 6, 8
 TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
 
 
-@functools.cache
-def quick_compilation():
-    """Compiler options for models that are tiny and run once: a quarter of the time."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(jnp.sin, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:  # later versions do not know the second one
-        del options["xla_cpu_use_fusion_emitters"]
-    return options
-
-
-def compiled(function):
-    return jax.jit(function, compiler_options=quick_compilation())
-
-
 def randomize(module):
     """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
     torch = pytest.importorskip("torch")
@@ -75,7 +60,7 @@ def with_weights_of(torch_module, module, *inputs):
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
     params = convert(tensors, transformer_keys_of_params(shapes["params"]))
-    return compiled(functools.partial(module.apply, {"params": params}))
+    return jax.jit(functools.partial(module.apply, {"params": params}))
 
 
 def assert_close(ours, reference):
@@ -180,10 +165,10 @@ def test_upcast_attention_is_nearer_to_float32_in_bfloat16():
         name: kernel(seed, WIDTH, width) for seed, name in enumerate(("to_q", "to_k", "to_v"))
     }
     params["to_out_0"] = kernel(3, width, WIDTH) | {"bias": np.zeros(WIDTH, np.float32)}
-    full = compiled(Attention(2, 16).apply)({"params": params}, x)
+    full = jax.jit(Attention(2, 16).apply)({"params": params}, x)
 
     def error(upcast):
-        half = compiled(Attention(2, 16, upcast).apply)({"params": params}, jnp.bfloat16(x))
+        half = jax.jit(Attention(2, 16, upcast).apply)({"params": params}, jnp.bfloat16(x))
         assert half.dtype == jnp.bfloat16
         return np.abs(np.asarray(half, np.float32) - full).mean()
 
@@ -214,6 +199,7 @@ def test_transformer_block_agrees_with_diffusers(reference, shape, only_cross_at
     assert_close(ours(x, text, mask), theirs(to_torch(x), **told))
 
 
+@pytest.mark.quick_cases("False-4-shape0", "True-4-shape1", "False-3-shape2")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("linear", "head_dim"), [(False, 4), (True, 4), (False, 3)])
@@ -242,13 +228,13 @@ def test_transformer_agrees_with_diffusers(shape, linear, head_dim):
 def test_linear_projections_are_1x1_convolutions():
     x, (text, _) = array(2, 4, 3, WIDTH), text_for(2)
     model = Transformer2DModel(2, 4, groups=4)
-    params = compiled(model.init)(jax.random.key(0), x, text)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x, text)["params"]
     flat = {
         name: {"kernel": params[name]["kernel"][0, 0], "bias": params[name]["bias"]}
         for name in ("proj_in", "proj_out")
     }
-    linear = compiled(model.clone(linear=True).apply)({"params": params | flat}, x, text)
-    convolved = compiled(model.apply)({"params": params}, x, text)
+    linear = jax.jit(model.clone(linear=True).apply)({"params": params | flat}, x, text)
+    convolved = jax.jit(model.apply)({"params": params}, x, text)
     np.testing.assert_allclose(linear, convolved, atol=1e-5)
 
 

@@ -85,11 +85,6 @@ MODELS_AT_SHAPES = [
 ]
 
 
-def compiled(function):
-    """Compiled in half the time: the models are tiny and run once or twice."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def tiny_config(**settings):
     return UNet2DConfig.from_diffusers(TINY | settings)
 
@@ -133,7 +128,7 @@ def params_of(torch_module, module, *inputs):
 def with_weights_of(torch_module, module, *inputs):
     """`module` with the parameters of `torch_module`, compiled."""
     params = params_of(torch_module, module, *inputs)
-    return compiled(functools.partial(module.apply, {"params": params}))
+    return jax.jit(functools.partial(module.apply, {"params": params}))
 
 
 def assert_close(ours, reference):
@@ -191,6 +186,7 @@ def test_halving_and_doubling_agree_with_torch(blocks, shape):
     assert_close(resnet.downsample_mean(x), theirs(to_torch(x)))
 
 
+@pytest.mark.quick_cases("plain-shape0", "up-shape1", "down-shape2")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
@@ -261,6 +257,7 @@ def test_time_projection_agrees_with_diffusers(kind):
 # Blocks
 
 
+@pytest.mark.quick_cases("0-shape0", "1-shape1", "2-shape2")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -327,13 +324,16 @@ def reference_model(name):
     return theirs, UNet2DModel(config), params
 
 
+@pytest.mark.quick_cases(
+    "ddpm-shape0", "ddpm-shape2", "scale_shift_and_classes-*", "fourier*", "learned*"
+)
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize(("name", "shape"), MODELS_AT_SHAPES)
 def test_model_agrees_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
     x, labels = image(*shape, model.config.in_channels), some_labels(model.config, shape[0])
     t = np.arange(shape[0], dtype=np.int32) * 7 + 3
-    ours = compiled(model.apply)({"params": params}, x, t, labels)
+    ours = jax.jit(model.apply)({"params": params}, x, t, labels)
     their_labels = None if labels is None else to_torch(labels)
     assert_close(ours, theirs(to_torch(x), to_torch(t), their_labels).sample)
 
@@ -356,7 +356,7 @@ def test_one_timestep_for_all_equals_one_for_each():
         "mid_block_type": None,
     }
     model, variables = tiny_model(**smallest)
-    x, apply = image(2, 8, 8, 3), compiled(model.apply)
+    x, apply = image(2, 8, 8, 3), jax.jit(model.apply)
     one = apply(variables, x, 5)
     assert np.array_equal(one, apply(variables, x, np.array([5.0, 5.0], np.float32)))
 
@@ -378,8 +378,8 @@ def test_fourier_frequencies_get_no_gradient():
 def test_bfloat16_computes_in_bfloat16_and_stays_near_float32():
     model, variables = tiny_model(num_class_embeds=5)
     x, labels = image(2, 8, 8, 3), np.array([1, 2], np.int32)
-    full = compiled(model.apply)(variables, x, 5, labels)
-    half = compiled(model.clone(dtype=jnp.bfloat16).apply)(variables, x, 5, labels)
+    full = jax.jit(model.apply)(variables, x, 5, labels)
+    half = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, x, 5, labels)
     assert half.dtype == jnp.bfloat16
     error = np.abs(np.asarray(half, np.float32) - full).max()
     assert 0 < error < 0.05 * np.abs(full).max()

@@ -99,21 +99,6 @@ CONFIGS = FAMILIES | OTHERS
 WITH_GRADIENT = ("sd1", "sdxl")
 
 
-@functools.cache
-def quick_compilation():
-    """Compiler options for models that are tiny and run once: a quarter of the time."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(jnp.sin, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:  # later versions do not know the second one
-        del options["xla_cpu_use_fusion_emitters"]
-    return options
-
-
-def compiled(function):
-    return jax.jit(function, compiler_options=quick_compilation())
-
-
 def tiny_config(**settings):
     return UNet2DConditionConfig.from_diffusers(TINY | settings)
 
@@ -167,7 +152,7 @@ def params_of(torch_module, module, *inputs):
 def with_weights_of(torch_module, module, *inputs):
     """`module` with the parameters of `torch_module`, compiled."""
     params = params_of(torch_module, module, *inputs)
-    return compiled(functools.partial(module.apply, {"params": params}))
+    return jax.jit(functools.partial(module.apply, {"params": params}))
 
 
 def assert_close(ours, reference, tolerance=TOLERANCE):
@@ -236,6 +221,7 @@ def told_for(name, config, b):
     return told
 
 
+@pytest.mark.quick_cases("sd1-*", "sd2-shape1", "sdxl-*", "ldm4-shape3", "class_vectors-*", "lcm-*")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize(
     ("name", "shape"),
@@ -246,10 +232,11 @@ def test_model_agrees_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
     b, config = shape[0], model.config
     x_t, t, told = array(*shape, config.in_channels), timesteps(b), told_for(name, config, b)
-    ours = compiled(model.apply)({"params": params}, x_t, t, told)
+    ours = jax.jit(model.apply)({"params": params}, x_t, t, told)
     assert_close(ours, reference_answer(theirs, to_torch(x_t), t, told))
 
 
+@pytest.mark.quick_cases("sd1")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("name", WITH_GRADIENT)
 def test_model_and_its_gradient_agree_at_a_size_that_does_not_divide(name):
@@ -262,7 +249,7 @@ def test_model_and_its_gradient_agree_at_a_size_that_does_not_divide(name):
         y, pullback = jax.vjp(lambda x: model.apply({"params": params}, x, t, told), x_t)
         return y, pullback(weights)[0]
 
-    y, gradient = compiled(ours)(x_t)
+    y, gradient = jax.jit(ours)(x_t)
     x_t = to_torch(x_t).requires_grad_()
     expected = reference_answer(theirs, x_t, t, told)
     assert_close(y, expected)
@@ -277,7 +264,7 @@ def tiny_model(name):
     shapes = jax.eval_shape(model.init, jax.random.key(0), *abstract_inputs(model.config))
     rng = np.random.default_rng(0)
     draw = lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32)
-    return model, jax.tree.map(draw, shapes), compiled(model.apply)
+    return model, jax.tree.map(draw, shapes), jax.jit(model.apply)
 
 
 TINY_MODELS = {
@@ -297,9 +284,9 @@ def test_time_vectors_of_all_steps_can_be_computed_in_advance():
     assert model.config.time_vector_is_of_t_alone
     x_t, told = array(2, 3, 4, 4), conditioning_for(model.config, 2)
     steps = np.array([801, 401, 1], np.int32)
-    rows = compiled(functools.partial(model.apply, method="time_vector"))(variables, steps)
+    rows = jax.jit(functools.partial(model.apply, method="time_vector"))(variables, steps)
     assert rows.shape == (3, TIME_DIM)
-    denoise = compiled(functools.partial(model.apply, method="denoise"))
+    denoise = jax.jit(functools.partial(model.apply, method="denoise"))
     for i, t in enumerate(steps):
         ahead = denoise(variables, x_t, rows[i : i + 1], told)
         np.testing.assert_allclose(ahead, apply(variables, x_t, np.array([t, t]), told), atol=1e-5)
@@ -309,7 +296,7 @@ def test_time_vector_reads_no_text_and_the_rest_no_time_fields():
     model, variables, _ = tiny_model("all")
     told = conditioning_for(model.config, 2)
     t, x_t = timesteps(2), array(2, 3, 4, 4)
-    vector = compiled(functools.partial(model.apply, method="time_vector"))
+    vector = jax.jit(functools.partial(model.apply, method="time_vector"))
     time = vector(variables, t, told)
     assert np.array_equal(time, vector(variables, t, told._replace(text=None)))
     denoise = functools.partial(model.apply, method="denoise")
@@ -346,7 +333,7 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near_float32():
     told = told._replace(mask=np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool))
     full = apply(variables, x_t, 5, told)
     half_variables = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables)
-    half = compiled(model.clone(dtype=jnp.bfloat16).apply)(half_variables, x_t, 5, told)
+    half = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(half_variables, x_t, 5, told)
     assert half.dtype == jnp.bfloat16
     error = np.abs(np.asarray(half, np.float32) - full).max()
     assert 0 < error < 0.1 * np.abs(full).max()

@@ -44,6 +44,7 @@ def check(config, conditioning, batch=2):
     check_conditioning(config, conditioning, OF_TIME + OF_TEXT, batch=batch)
 
 
+@pytest.mark.quick_cases("sd_v1_4", "ldm4_imagenet")
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_models_can_be_evaluated_abstractly(name):
     config = getattr(UNet2DConditionConfig, name)()

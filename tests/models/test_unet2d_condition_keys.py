@@ -28,6 +28,7 @@ CONFIGS = {
 } | {"tiny": TINY}
 
 
+@pytest.mark.quick_cases("sd_v1_4", "ldm4_imagenet", "tiny")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("name", CONFIGS)
 def test_table_has_the_keys_and_shapes_of_diffusers(name):

@@ -51,11 +51,6 @@ LDM_4 = """{
 }"""
 
 
-def compiled(function):
-    """Compiled in half the time: the models are tiny and run once or twice."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def tiny_config(**settings):
     return VQModelConfig.from_diffusers(TINY | settings)
 
@@ -108,6 +103,7 @@ def tiny_model(**settings):
 # Codebook
 
 
+@pytest.mark.quick_cases("shape0-1-3", "shape1-16-4", "shape2-300-3")
 @pytest.mark.parametrize(("rows", "dim"), [(1, 3), (16, 4), (300, 3)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_code_is_that_of_the_nearest_row(shape, rows, dim):
@@ -165,6 +161,7 @@ def test_codebook_hides_no_nan():
 # Model
 
 
+@pytest.mark.quick_cases("f4_like-shape1", "f8_like*")
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize(
     ("name", "shape"), [("f4_like", shape) for shape in SHAPES] + [("f8_like", SHAPES[1])]
@@ -172,9 +169,9 @@ def test_codebook_hides_no_nan():
 def test_encode_and_decode_agree_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
     x, z = image(*shape, 3), image(*shape, model.config.codebook_dim)
-    latents = compiled(functools.partial(model.apply, method="encode"))({"params": params}, x)
+    latents = jax.jit(functools.partial(model.apply, method="encode"))({"params": params}, x)
     assert_close(latents, from_torch(theirs.encode(to_torch(x)).latents))
-    decoded = compiled(functools.partial(model.apply, method="decode"))({"params": params}, z)
+    decoded = jax.jit(functools.partial(model.apply, method="decode"))({"params": params}, z)
     assert_close(decoded, from_torch(theirs.decode(to_torch(z)).sample))
 
 
@@ -186,7 +183,7 @@ def test_decoding_without_the_codebook_and_of_codes_agrees_with_diffusers():
     ours = functools.partial(
         model.apply, {"params": params}, method="decode", force_not_quantize=True
     )
-    decoded = compiled(ours)(codes)
+    decoded = jax.jit(ours)(codes)
     reference = theirs.decode(
         torch.tensor(codes.reshape(-1)), force_not_quantize=True, shape=(1, 2, 8, 3)
     )
@@ -202,7 +199,7 @@ def test_decoding_without_the_codebook_and_of_codes_agrees_with_diffusers():
     theirs.register_to_config(lookup_from_codebook=False)
     reference = theirs.decode(to_torch(z), force_not_quantize=True).sample
     theirs.register_to_config(lookup_from_codebook=True)
-    assert_close(compiled(ours)(z), from_torch(reference))
+    assert_close(jax.jit(ours)(z), from_torch(reference))
 
 
 @pytest.mark.torch_oracle
@@ -210,7 +207,7 @@ def test_whole_model_and_its_gradient_agree_with_diffusers():
     theirs, model, params = reference_model("f4_like")
     x, weights = image(2, 8, 12, 3), image(2, 8, 12, 3, seed=1)
     ours = lambda x: jnp.vdot(weights, model.apply({"params": params}, x))
-    value, gradient = compiled(jax.value_and_grad(ours))(x)
+    value, gradient = jax.jit(jax.value_and_grad(ours))(x)
 
     their_x = to_torch(x).requires_grad_()
     their_value = (theirs(their_x).sample * to_torch(weights)).sum()
@@ -224,7 +221,7 @@ def test_decode_takes_the_codes_that_codes_names_in_every_dtype(dtype):
     model, params = tiny_model()
     apply = functools.partial(model.clone(dtype=dtype).apply, {"params": params})
 
-    @compiled
+    @jax.jit
     def images(z):
         codes = apply(z, method="codes")
         return apply(z, method="decode"), apply(codes, method="decode_codes")
@@ -238,8 +235,8 @@ def test_vmap_over_batches_equals_one_large_batch():
     model, params = tiny_model()
     decode = lambda z: model.apply({"params": params}, z, method="decode")
     z = image(4, 4, 6, 3)
-    together = compiled(decode)(z)
-    stacked = compiled(jax.vmap(decode))(z.reshape(2, 2, 4, 6, 3))
+    together = jax.jit(decode)(z)
+    stacked = jax.jit(jax.vmap(decode))(z.reshape(2, 2, 4, 6, 3))
     assert_close(stacked.reshape(together.shape), together)
 
 

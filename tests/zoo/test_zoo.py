@@ -28,8 +28,6 @@ from qjax.zoo.data import CLASSES, DEFAULT_FOLDER, fashion_mnist, read_idx, to_f
 from qjax.zoo.latents import load_autoencoder
 from qjax.zoo.publish import publish
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dataclasses.replace(zoo_models.FASHION_DIT, num_layers=1, num_heads=1, head_dim=8)
 
 
@@ -335,6 +333,7 @@ def test_every_shipped_model_loads(name):
     assert record["name"] == name and record["labels"] == list(CLASSES)
 
 
+@pytest.mark.quick_cases("w4a8-0.33-fashion-dit")
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize(
     ("recipe", "most"), [("w4a8", 0.33), pytest.param("w8a8", 0.56, marks=pytest.mark.slow)]
@@ -385,6 +384,7 @@ def test_a_latent_model_draws_the_class_that_it_is_asked_for(name):
     assert class_agreement(judge.judge(np.asarray(images)).classes, labels) >= 0.85
 
 
+@pytest.mark.quick_cases("fashion-dit", "fashion-ldm")
 @pytest.mark.torch_oracle
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:::diffusers")  # of their own deprecations
 @pytest.mark.parametrize(
