@@ -5,7 +5,8 @@ compiled are the programs that `sharded_calibration.py` runs and the blocks of t
 network as sampling runs them: of blocks of equal structure one, on the whole mesh. HBM is what
 the compiler says a program holds on a device, arguments, results and temporaries, and beside it
 what stays there in the meantime: inputs of blocks while their outputs are collected, the rest of
-the low-bit network while one of its blocks runs.
+the low-bit network while one of its blocks runs. Of roll-outs, whose programs are not compiled, the
+sum is told.
 
 Networks are run, as far as the last of some blocks, by the two programs that collect these blocks'
 data. They are compiled for the blocks whose data and the weights up to there are most.
@@ -125,6 +126,7 @@ class AheadOfTime:
       programs: What was compiled.
       weights: Whether every device has networks whole while it runs them, or parts.
       seconds: To trace and compile everything.
+      float_bytes: Of the float network, as far as a device has it.
     """
 
     topology: str
@@ -133,6 +135,7 @@ class AheadOfTime:
     programs: tuple[Program, ...]
     weights: Weights
     seconds: float
+    float_bytes: int
 
     @property
     def hbm(self) -> float:
@@ -145,9 +148,22 @@ class AheadOfTime:
         return max((p.hbm_bytes + p.beside_bytes for p in mine), default=0)
 
     @property
+    def rolled_out(self) -> int:
+        """What a device holds while samples are rolled out, by a sum and not by a program.
+
+        The low-bit network runs as it does where data is collected, and beside it is the float
+        network, which makes the samples.
+        """
+        runs = (
+            p.argument_bytes + p.temp_bytes for p in self.programs if p.what == "collect inputs"
+        )
+        return self.float_bytes + max(runs, default=0)
+
+    @property
     def fits(self) -> bool:
         """Whether everything fits into a chip."""
-        return max(map(self.held, ("collect", "fit", "sample"))) <= self.hbm
+        held = map(self.held, ("collect", "fit", "sample"))
+        return max(self.rolled_out, *held) <= self.hbm
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -252,7 +268,8 @@ def compile_ahead(
     start = time.perf_counter()
     programs = _compile_all(lowered(), len(wanted), on_program)
     seconds = time.perf_counter() - start
-    return AheadOfTime(topology, data, block, tuple(programs), weights, seconds)
+    floats = tree_bytes(network.params) // parts
+    return AheadOfTime(topology, data, block, tuple(programs), weights, seconds, floats)
 
 
 def student_of(network: Network, quantized: Params, steps: int) -> tuple[Student, Tables]:

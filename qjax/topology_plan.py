@@ -126,11 +126,13 @@ def table(found: AheadOfTime) -> Table:
 
 def summary(found: AheadOfTime) -> list[str]:
     """What matters, in lines."""
-    most = lambda what: f"{bytes_text(found.held(what))} of {bytes_text(int(found.hbm))}"
+    of_all = f"of {bytes_text(int(found.hbm))}"
+    most = lambda what: f"{bytes_text(found.held(what))} {of_all}"
+    data = max(found.held("collect"), found.rolled_out)
     verdict = "fits" if found.fits else "does NOT fit"
-    if found.held("collect") > found.hbm and found.weights == "whole":
+    if data > found.hbm and found.weights == "whole":
         verdict += "; mesh.weights=sharded leaves a part of the networks on every device"
-    if found.held("collect") > found.hbm:
+    if data > found.hbm:
         verdict += "; a smaller --batch runs less at once, a smaller --memory-gib keeps less data"
     return [
         (
@@ -138,6 +140,7 @@ def summary(found: AheadOfTime) -> list[str]:
             f"{found.block} along blocks; {len(found.programs)} programs compiled in "
             f"{found.seconds:.0f} s"
         ),
+        f"HBM of a device while samples are rolled out: {bytes_text(found.rolled_out)} {of_all}, by a sum",
         f"HBM of a device while the data of blocks is collected: {most('collect')}",
         f"HBM of a device while blocks are fitted: {most('fit')}",
         f"HBM of a device while the blocks of the low-bit network run: {most('sample')}",
@@ -152,6 +155,7 @@ def as_dict(found: AheadOfTime) -> dict[str, Any]:
         "mesh": {"data": found.data, "block": found.block},
         "hbm_bytes": int(found.hbm),
         "fit_bytes": found.held("fit"),
+        "roll_out_bytes": found.rolled_out,
         "collect_bytes": found.held("collect"),
         "sample_bytes": found.held("sample"),
         "fits": found.fits,
