@@ -80,8 +80,6 @@ def run_notebooks(session: nox.Session, versions: tuple[str, ...], *names: str) 
     session.install("--no-deps", "-e", ".")
     # Kernels are looked for here first: none of the user's may answer to the same name.
     session.env["JUPYTER_PATH"] = str(Path(session.virtualenv.location, "share", "jupyter"))
-    # What is shown is that they run; most of their time goes into compiling tiny programs.
-    session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     session.run("python", "scripts/notebooks.py", "--cells", *(session.posargs or names))
 
 
