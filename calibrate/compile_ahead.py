@@ -294,10 +294,9 @@ def blocks_of(network: Network, student: Student) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def _run_until(blocks: tuple[Block, ...], *networks: Params) -> dict[str, int]:
-    """Bytes of the blocks of networks up to each and with it, by its path."""
-    bytes_of = lambda block: sum(tree_bytes(params_of(block, params)) for params in networks)
-    sums = itertools.accumulate(map(bytes_of, blocks))
+def _run_until(blocks: tuple[Block, ...], params: Params) -> dict[str, int]:
+    """Bytes of the blocks up to each and with it, by its path."""
+    sums = itertools.accumulate(tree_bytes(params_of(block, params)) for block in blocks)
     return {block.path: total for block, total in zip(blocks, sums, strict=True)}
 
 

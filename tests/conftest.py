@@ -101,8 +101,8 @@ def key():
 def quick_compilation(request):
     """Programs are compiled in less than half the time, and run more slowly.
 
-    Not in files marked `optimized`: what they look at is made by the compiler's passes, or they
-    run longer than they are compiled.
+    Not in files marked `optimized`: what they look at is made by the compiler's passes, or numbers
+    of two programs must have equal bits.
     """
     quick = request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quick)

@@ -26,6 +26,8 @@ from qjax.calibrate.rounding import (
 from qjax.core.config import WeightSpec
 from qjax.core.quantizers import Codes, affine, integer_range, quantize_weight, to_floats
 
+pytestmark = pytest.mark.optimized  # some numbers must have equal bits
+
 SHAPE = (6, 4)
 weights = hnp.arrays(np.float32, SHAPE, elements=st.floats(-4.0, 4.0, width=32))
 each = settings(max_examples=25, deadline=None)
@@ -280,8 +282,7 @@ def test_traced_bits_and_steps_compile_once():
         qmin, qmax = integer_range(bits, symmetric=True)
         values, codes, _ = run(w, v, scale, jnp.int32(qmin), jnp.int32(qmax), jnp.int32(bits))
         np.testing.assert_array_equal(codes, hard(w, v, scale, qmin=qmin, qmax=qmax))
-        expected = soft(w, v, scale, qmin=qmin, qmax=qmax)
-        np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(values, soft(w, v, scale, qmin=qmin, qmax=qmax))
     assert len(compiled) == 1
 
 

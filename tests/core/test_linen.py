@@ -276,9 +276,10 @@ def test_interception_without_act_equals_the_plain_model(images):
 def test_no_rank_is_promoted_for_whoever_forbids_it(images):
     qparams = quantized(W4, A8)
     with jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(lambda params: Net().apply({"params": params}, images), qparams)
+        plain = jax.eval_shape(lambda params: Net().apply({"params": params}, images), qparams)
         with linen.intercept():
-            jax.eval_shape(lambda params: Net().apply({"params": params}, images), qparams)
+            found = jax.eval_shape(lambda params: Net().apply({"params": params}, images), qparams)
+    assert found.shape == plain.shape == apply(qparams, images).shape
 
 
 def test_interception_leaves_a_float_model_as_it_is(key):

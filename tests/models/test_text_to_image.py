@@ -267,8 +267,11 @@ def test_prediction_of_one_step_is_the_guided_one(pipe):
 
 
 @only_sdxl
-def test_a_saved_pipeline_draws_the_same_pictures(made, pipe, tmp_path):
-    one = pipe.replace(params=quantize(pipe.params, w8a8().quant))
+@pytest.mark.parametrize(
+    "low_bit", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["low-bit", "float"]
+)
+def test_a_saved_pipeline_draws_the_same_pictures(low_bit, pipe, tmp_path):
+    one = pipe.replace(params=quantize(pipe.params, w8a8().quant)) if low_bit else pipe
     one.save(tmp_path / "saved")
     back = load_pipeline(tmp_path / "saved")
     settings = {"prompts": PROMPTS, "steps": STEPS, "guidance_scale": 3.0, "latents": LATENTS}
