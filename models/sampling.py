@@ -167,6 +167,7 @@ def sample(
     guidance_rescale: float | Array | None = None,
     guidance_channels: int | None = None,
     return_trajectory: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
     """The clean samples that `sampler` makes of `x_T`; pure, one scan over the rows.
 
@@ -186,90 +187,55 @@ def sample(
       guidance_rescale: As there.
       guidance_channels: As there.
       return_trajectory: Whether all samples and predictions are kept.
+      mesh: Each of its devices draws its part of the batch, within a `jax.jit`; what is given
+        lies there already.
 
     Returns:
       The samples, and the trajectory or None.
     """
-    shape = x_T.shape[1:]
-    steps = len(rows["t"])
-    if "init_scale" in rows:
-        x_T = x_T * rows["init_scale"][0]
 
-    def body(carry, inputs):
-        x_t, state = carry
-        i, row, table = inputs
-        collections = {k: v for k, v in table.items() if k != "noise_correction"}
-        prediction = guided_prediction(
-            apply,
-            {"params": params, **collections},
-            x_t,
-            row["t"],
-            labels,
-            null_labels,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_channels=guidance_channels,
-        )
-        if "noise_correction" in table:
-            row, prediction = correct_prediction(table["noise_correction"], row, prediction)
-        noise = draw_noise(keys, shape, draw=i + 1)
-        x_prev, state = sampler.step(row, state, x_t, prediction, noise)
-        kept = Trajectory(x_t, prediction[..., : shape[-1]]) if return_trajectory else None
-        return (x_prev, state), kept
-
-    inputs = (jnp.arange(steps), dict(rows), dict(entries or {}))
-    (x_0, _), trajectory = jax.lax.scan(body, (x_T, sampler.init(x_T)), inputs)
-    return x_0, trajectory
-
-
-def _sample_on(
-    apply: Apply,
-    params: Params,
-    sampler: Sampler,
-    rows: Row,
-    x_T: Float[Array, "b h w c"],
-    labels: Any = None,
-    null_labels: Any = None,
-    *,
-    keys: PRNGKeyArray,
-    entries: Mapping[str, Any] | None = None,
-    guidance_scale: float | Array | None = None,
-    guidance_rescale: float | Array | None = None,
-    guidance_channels: int | None = None,
-    return_trajectory: bool = False,
-    mesh: Mesh | None = None,
-) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
-    def run(whole: Any, split: Any) -> tuple[Array, Trajectory | None]:
+    def draw(whole: Any, split: Any) -> tuple[Array, Trajectory | None]:
         params, rows, entries, scale, rescale = whole
         x_T, labels, null_labels, keys = split
-        return sample(
-            apply,
-            params,
-            sampler,
-            rows,
-            x_T,
-            labels,
-            null_labels,
-            keys=keys,
-            entries=entries,
-            guidance_scale=scale,
-            guidance_rescale=rescale,
-            guidance_channels=guidance_channels,
-            return_trajectory=return_trajectory,
-        )
+        shape = x_T.shape[1:]
+        if "init_scale" in rows:
+            x_T = x_T * rows["init_scale"][0]
 
-    whole = (params, rows, entries, guidance_scale, guidance_rescale)
-    return on_each_device(mesh, run, whole, (x_T, labels, null_labels, keys), axes=(0, 1))
+        def body(carry, inputs):
+            x_t, state = carry
+            i, row, table = inputs
+            collections = {k: v for k, v in table.items() if k != "noise_correction"}
+            prediction = guided_prediction(
+                apply,
+                {"params": params, **collections},
+                x_t,
+                row["t"],
+                labels,
+                null_labels,
+                guidance_scale=scale,
+                guidance_rescale=rescale,
+                guidance_channels=guidance_channels,
+            )
+            if "noise_correction" in table:
+                row, prediction = correct_prediction(table["noise_correction"], row, prediction)
+            noise = draw_noise(keys, shape, draw=i + 1)
+            x_prev, state = sampler.step(row, state, x_t, prediction, noise)
+            kept = Trajectory(x_t, prediction[..., : shape[-1]]) if return_trajectory else None
+            return (x_prev, state), kept
+
+        inputs = (jnp.arange(len(rows["t"])), rows, entries)
+        (x_0, _), trajectory = jax.lax.scan(body, (x_T, sampler.init(x_T)), inputs)
+        return x_0, trajectory
+
+    whole = (params, dict(rows), dict(entries or {}), guidance_scale, guidance_rescale)
+    return on_each_device(mesh, draw, whole, (x_T, labels, null_labels, keys), axes=(0, 1))
 
 
 sample_jit = jax.jit(
-    _sample_on,
+    sample,
     static_argnames=("apply", "sampler", "guidance_channels", "return_trajectory", "mesh"),
 )
-"""`sample` as one program, compiled for every static argument and shape.
-
-With a `mesh` every device draws its part of the batch; arguments lie there already.
-"""
+"""`sample` as one program, compiled for every static argument and shape."""
 
 
 def to_images(x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
