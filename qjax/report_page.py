@@ -200,7 +200,7 @@ def _card(report: ComparisonReport, variant: VariantResult) -> str:
         _paragraphs(words.breakage(variant), "warning")
         + _paragraphs([" ".join(words.cost_sentences(report, variant))])
         + _paragraphs([" ".join(words.fidelity_sentences(variant))])
-        + _paragraphs(words.loss_sentences(variant), "loss")
+        + _paragraphs(words.loss_sentences(report, variant), "loss")
         + _paragraphs(variant.notes, "soft")
     )
     return (

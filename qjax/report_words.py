@@ -15,6 +15,7 @@ from qjax.report_data import ComparisonReport, FeatureDistance, LayerResult, Var
 
 __all__ = [
     "Verdict",
+    "agreement_fell",
     "agreement_verdict",
     "bits_text",
     "breakage",
@@ -37,6 +38,7 @@ __all__ = [
     "noise_text",
     "number_text",
     "percent_text",
+    "risen_distances",
     "seconds_text",
     "size_verdict",
     "speed_verdict",
@@ -250,7 +252,7 @@ def summary_sentences(report: ComparisonReport, variant: VariantResult) -> tuple
         *cost_sentences(report, variant),
         *fidelity_sentences(variant),
         *_distance_sentences(variant),
-        *loss_sentences(variant),
+        *loss_sentences(report, variant),
         *_layer_sentences(variant),
         *variant.notes,
     )
@@ -345,18 +347,31 @@ def _distance_sentences(variant: VariantResult) -> list[str]:
     return found
 
 
-def loss_sentences(variant: VariantResult) -> tuple[str, ...]:
+def agreement_fell(variant: VariantResult) -> bool:
+    """Whether a classifier sees what was asked for in fewer pictures than the float model's."""
+    agreement = variant.agreement
+    return agreement is not None and agreement.value < agreement.value_float
+
+
+def risen_distances(variant: VariantResult) -> tuple[tuple[FeatureDistance, float], ...]:
+    """Distances that are larger than the float model's, which follows each."""
+    known = ((d, d.value_float) for d in variant.distances)
+    return tuple((d, before) for d, before in known if before is not None and d.value > before)
+
+
+def loss_sentences(report: ComparisonReport, variant: VariantResult) -> tuple[str, ...]:
     """One sentence that lists everything measured that got worse; empty where nothing did."""
     losses = []
     if (speed := speed_verdict(variant)).tone == "bad":
         losses.append(f"speed ({speed.text})")
-    if (agreement := variant.agreement) and agreement.value < agreement.value_float:
+    if (size := size_verdict(report, variant)).tone == "bad":
+        losses.append(f"size ({size.text})")
+    if (agreement := variant.agreement) and agreement_fell(variant):
         before, after = percent_text(agreement.value_float), percent_text(agreement.value)
         losses.append(f"class agreement ({before} to {after})")
-    for distance in variant.distances:
-        if distance.value_float is not None and distance.value > distance.value_float:
-            change = f"{number_text(distance.value_float)} to {number_text(distance.value)}"
-            losses.append(f"{distance.name} to {distance.reference} ({change})")
+    for distance, before in risen_distances(variant):
+        change = f"{number_text(before)} to {number_text(distance.value)}"
+        losses.append(f"{distance.name} to {distance.reference} ({change})")
     return (f"Worse than the float model: {'; '.join(losses)}.",) if losses else ()
 
 

@@ -97,7 +97,7 @@ def _size(report: ComparisonReport, variant: VariantResult) -> Loss | None:
 
 def _classes(variant: VariantResult) -> Loss | None:
     agreement = variant.agreement
-    if agreement is None or agreement.value >= agreement.value_float:
+    if agreement is None or not words.agreement_fell(variant):
         return None
     fewer = round((agreement.value_float - agreement.value) * agreement.n)
     text = (
@@ -109,16 +109,15 @@ def _classes(variant: VariantResult) -> Loss | None:
 
 
 def _distances(variant: VariantResult) -> list[Loss]:
-    found = []
-    for distance in variant.distances:
-        if distance.value_float is not None and distance.value > distance.value_float:
-            text = (
-                f"{distance.name} to {distance.reference} rose from "
-                f"{words.number_text(distance.value_float)} to {words.number_text(distance.value)} "
-                f"(lower is closer; {distance.n:,} pictures)."
-            )
-            found.append(Loss(what="Further from the reference", text=text))
-    return found
+    return [
+        Loss(
+            what="Further from the reference",
+            text=f"{distance.name} to {distance.reference} rose from "
+            f"{words.number_text(before)} to {words.number_text(distance.value)} "
+            f"(lower is closer; {distance.n:,} pictures).",
+        )
+        for distance, before in words.risen_distances(variant)
+    ]
 
 
 def _pictures(report: ComparisonReport, variant: VariantResult) -> Loss | None:

@@ -488,6 +488,8 @@ def test_larger_is_said_as_plainly_as_smaller():
     larger = with_variant(bytes_quantized=9_600_000)
     assert words.size_verdict(larger, larger.variants[0]).text == "1.50× larger"
     assert words.size_verdict(larger, larger.variants[0]).tone == "bad"
+    (said,) = words.loss_sentences(larger, larger.variants[0])
+    assert "size (1.50× larger)" in said and "1.50× larger" in losses_of(larger)["Larger"]
 
 
 def test_sentences_list_everything_that_got_worse():
