@@ -154,20 +154,20 @@ def test_only_tokens_before_matter(tiny):
     model, variables, _ = tiny
     apply, ids = jax.jit(model.apply), some_ids()
     states = apply(variables, ids).last_hidden_state
-    ids[:, 5:] = (ids[:, 5:] + 7) % VOCAB
-    changed = apply(variables, ids).last_hidden_state
+    others = np.where(np.arange(T) < 5, ids, (ids + 7) % VOCAB)
+    changed = apply(variables, others).last_hidden_state
     assert np.array_equal(changed[:, :5], states[:, :5])
     assert not np.allclose(changed[:, 5:], states[:, 5:])
 
 
 def test_masked_tokens_do_not_matter(tiny):
     model, variables, _ = tiny
-    apply, ids, mask = jax.jit(model.apply), some_ids(), np.ones((3, T), np.int32)
-    mask[:, 4] = 0
-    masked = apply(variables, ids, mask).last_hidden_state
-    ids[:, 4] = (ids[:, 4] + 1) % VOCAB
-    again = apply(variables, ids, mask).last_hidden_state
+    apply, ids = jax.jit(model.apply), some_ids()
     others = np.arange(T) != 4
+    mask = np.tile(others.astype(np.int32), (3, 1))
+    masked = apply(variables, ids, mask).last_hidden_state
+    changed = np.where(others, ids, (ids + 1) % VOCAB)
+    again = apply(variables, changed, mask).last_hidden_state
     assert np.array_equal(again[:, others], masked[:, others])
 
 
