@@ -80,7 +80,9 @@ def run_notebooks(session: nox.Session, versions: tuple[str, ...], *names: str) 
     session.install("--no-deps", "-e", ".")
     # Kernels are looked for here first: none of the user's may answer to the same name.
     session.env["JUPYTER_PATH"] = str(Path(session.virtualenv.location, "share", "jupyter"))
-    session.run("python", "scripts/notebooks.py", "--cells", *(session.posargs or names))
+    session.run(
+        "python", "scripts/notebooks.py", "--cells", "--jobs=2", *(session.posargs or names)
+    )
 
 
 NEWEST_PYTHON = find_python()

@@ -2,6 +2,7 @@
 
     python scripts/notebooks.py                execute all; an error anywhere fails
     python scripts/notebooks.py 1 3            those whose names begin so
+    python scripts/notebooks.py --jobs 2       two at a time
     python scripts/notebooks.py --write 2      execute, and store the outputs in the .ipynb
     python scripts/notebooks.py --prose        store changed prose; outputs stay, the code has to
 
@@ -13,14 +14,17 @@ stderr), and the hash of the code that they come from is kept in the metadata.
 
 import argparse
 import base64
+import functools
 import hashlib
 import io
+import multiprocessing
 import os
 import re
 import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,37 +178,48 @@ def with_stored_outputs(path: Path) -> Any:
     return notebook
 
 
-def _print_cell(line: str, seconds: float) -> None:
-    print(f"  {seconds:6.1f} s  {line[:80]}", flush=True)
-
-
 def _kernel_seconds() -> float:
     """Of processor cores, by kernels that have ended: unlike the clock, alike on a busy machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
+def run(path: Path, *, cells: bool, write: bool) -> None:
+    """Execute a notebook and say how long it took; what it prints begins with its number."""
+
+    def print_cell(line: str, seconds: float) -> None:
+        print(f"  {path.stem[0]}  {seconds:6.1f} s  {line[:80]}", flush=True)
+
+    begin, cpu = time.perf_counter(), _kernel_seconds()
+    notebook = execute(path, on_cell=print_cell if cells else None)
+    wall, cpu = time.perf_counter() - begin, _kernel_seconds() - cpu
+    print(f"{path.stem}: {wall:.0f} s, {cpu:.0f} s of a processor core", flush=True)
+    if write:
+        nbformat.write(stored(notebook), path.with_suffix(".ipynb"))
+
+
 def main() -> None:
-    """Execute what is asked for, one after the other."""
+    """Execute what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="beginnings of names; all if none")
     parser.add_argument("--write", action="store_true", help="store the outputs")
     parser.add_argument("--prose", action="store_true", help="execute nothing; store the prose")
     parser.add_argument("--cells", action="store_true", help="print the seconds of every cell")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks that run at a time")
     settings = parser.parse_args()
     chosen = [path for path in sources() if path.name.startswith(tuple(settings.names) or "")]
     if not chosen:
         parser.error(f"no notebook of that name; there are {', '.join(p.stem for p in sources())}")
-    for path in chosen:
-        if settings.prose:
+    if settings.prose:
+        for path in chosen:
             nbformat.write(stored(with_stored_outputs(path)), path.with_suffix(".ipynb"))
-            continue
-        begin, cpu = time.perf_counter(), _kernel_seconds()
-        notebook = execute(path, on_cell=_print_cell if settings.cells else None)
-        wall, cpu = time.perf_counter() - begin, _kernel_seconds() - cpu
-        print(f"{path.stem}: {wall:.0f} s, {cpu:.0f} s of a processor core", flush=True)
-        if settings.write:
-            nbformat.write(stored(notebook), path.with_suffix(".ipynb"))
+        return
+    one = functools.partial(run, cells=settings.cells, write=settings.write)
+    # A process each, so that its kernel's seconds are its own.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.jobs, spawn, max_tasks_per_child=1) as pool:
+        for _ in pool.map(one, chosen):
+            pass
 
 
 if __name__ == "__main__":
