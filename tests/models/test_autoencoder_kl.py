@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import array, assert_close, from_torch, randomize, to_torch, with_weights_of
 
 from qjax.models import autoencoder_blocks as blocks
 from qjax.models.autoencoder_config import AutoencoderKLConfig, VQModelConfig
 from qjax.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian, checkpoint_keys
 from qjax.models.convert import convert, to_checkpoint
-from qjax.models.unet2d_keys import keys_of_params, rename_old_attention_keys
+from qjax.models.unet2d_keys import rename_old_attention_keys
 
 SHAPES = [(1, 8, 8), (3, 8, 16), (2, 16, 12)]  # batch, height, width
-TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
 FLOAT16_MAX = 65504
 
 TINY = {
@@ -71,48 +71,6 @@ def tiny_config(**settings):
     return AutoencoderKLConfig.from_diffusers(TINY | settings)
 
 
-def randomize(module):
-    """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
-    torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
-    return module.eval()
-
-
-def image(b, h, w, c, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, h, w, c)).astype(np.float32)
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def params_of(torch_module, module, *inputs):
-    """The parameters of `torch_module` as `module` holds them; keys must agree exactly."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
-    return convert(tensors, keys_of_params(shapes["params"]))
-
-
-def with_weights_of(torch_module, module, *inputs):
-    """`module` with the parameters of `torch_module`, compiled."""
-    params = params_of(torch_module, module, *inputs)
-    return jax.jit(functools.partial(module.apply, {"params": params}))
-
-
-def assert_close(ours, reference, tolerance=TOLERANCE):
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
-
-
 @functools.cache
 def reference_model(name):
     """Diffusers' model, and ours with its parameters."""
@@ -153,7 +111,7 @@ def test_blocks_agree_with_diffusers(name, shape):
         (up, channels[1], channels[0], False, theirs.decoder.up_blocks[-1]),
     ]
     for block, width, features, resample, reference in cases:
-        x = image(*shape, width)
+        x = array(*shape, width)
         ours = with_weights_of(reference, block(config, features, attention, resample), x)
         assert_close(ours(x), from_torch(reference(to_torch(x))))
 
@@ -162,7 +120,7 @@ def test_blocks_agree_with_diffusers(name, shape):
 @pytest.mark.parametrize(("name", "shape"), EACH_AT_ONE_SHAPE)
 def test_mid_block_agrees_with_diffusers(name, shape):
     theirs, model, _ = reference_model(name)
-    x = image(*shape, model.config.block_out_channels[-1])
+    x = array(*shape, model.config.block_out_channels[-1])
     reference = theirs.decoder.mid_block
     ours = with_weights_of(reference, blocks.MidBlock(model.config), x)
     assert_close(ours(x), from_torch(reference(to_torch(x))))
@@ -176,7 +134,7 @@ def test_mid_block_agrees_with_diffusers(name, shape):
 @pytest.mark.parametrize(("name", "shape"), PLAIN_AT_ALL_SHAPES)
 def test_encode_and_decode_agree_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
-    x, z = image(*shape, model.config.in_channels), image(*shape, model.config.latent_channels)
+    x, z = array(*shape, model.config.in_channels), array(*shape, model.config.latent_channels)
     posterior = jax.jit(functools.partial(model.apply, method="encode"))({"params": params}, x)
     expected = theirs.encode(to_torch(x)).latent_dist
     assert_close(posterior.mean, from_torch(expected.mean))
@@ -189,7 +147,7 @@ def test_encode_and_decode_agree_with_diffusers(name, shape):
 @pytest.mark.torch_oracle
 def test_whole_model_and_its_gradient_agree_with_diffusers():
     theirs, model, params = reference_model("plain")
-    x, weights = image(2, 8, 12, 3), image(2, 8, 12, 3, seed=1)
+    x, weights = array(2, 8, 12, 3), array(2, 8, 12, 3, seed=1)
     ours = lambda x: jnp.vdot(weights, model.apply({"params": params}, x))
     value, gradient = jax.jit(jax.value_and_grad(ours))(x)
 
@@ -224,7 +182,7 @@ def test_call_reconstructs_from_the_mode_or_with_a_key_from_a_sample(key):
         latents = jnp.concatenate([posterior.mode(), posterior.sample(key=key)])
         return apply(x), apply(x, key=key), *jnp.split(apply(latents, method="decode"), 2)
 
-    of_mode, of_sample, expected_of_mode, expected_of_sample = images(image(1, 8, 8, 3))
+    of_mode, of_sample, expected_of_mode, expected_of_sample = images(array(1, 8, 8, 3))
     assert_close(of_mode, expected_of_mode)
     assert_close(of_sample, expected_of_sample)
     assert not np.allclose(of_mode, of_sample)
@@ -233,7 +191,7 @@ def test_call_reconstructs_from_the_mode_or_with_a_key_from_a_sample(key):
 def test_vmap_over_batches_equals_one_large_batch():
     model, params = tiny_model(levels=1)
     decode = lambda z: model.apply({"params": params}, z, method="decode")
-    z = image(4, 4, 6, 4)
+    z = array(4, 4, 6, 4)
     together = jax.jit(decode)(z)
     stacked = jax.jit(jax.vmap(decode))(z.reshape(2, 2, 4, 6, 4))
     assert_close(stacked.reshape(together.shape), together)
@@ -242,7 +200,7 @@ def test_vmap_over_batches_equals_one_large_batch():
 def test_size_that_cannot_be_halved_raises():
     model = AutoencoderKL(tiny_config())
     with pytest.raises(ValueError, match=r"multiples of 2, .* image.shape=\(1, 8, 9, 3\)"):
-        jax.eval_shape(model.init, jax.random.key(0), image(1, 8, 9, 3))
+        jax.eval_shape(model.init, jax.random.key(0), array(1, 8, 9, 3))
 
 
 # Range and precision
@@ -263,7 +221,7 @@ def with_large_sums(params, factor):
     return params | {"decoder": jax.tree_util.tree_map_with_path(scale, params["decoder"])}
 
 
-LATENTS = image(1, 8, 8, 4)
+LATENTS = array(1, 8, 8, 4)
 
 
 @functools.cache
@@ -328,7 +286,7 @@ def test_encoding_in_float16_is_upcast_too():
     model, params = tiny_model(levels=1)
     moments = lambda dtype: np.asarray(
         jax.jit(functools.partial(model.clone(dtype=dtype).apply, method="moments"))(
-            {"params": params}, image(1, 8, 8, 3)
+            {"params": params}, array(1, 8, 8, 3)
         )
     )
     assert np.array_equal(moments(jnp.float16), moments(None).astype(np.float16))
@@ -431,7 +389,7 @@ def test_all_unknown_settings_are_named_at_once():
 )
 def test_scaling_latents_can_be_undone(settings):
     config = tiny_config(**settings)
-    z = image(1, 2, 2, 4)
+    z = array(1, 2, 2, 4)
     mean = np.asarray(settings.get("latents_mean", settings.get("shift_factor", 0)))
     expected = (z - mean) / np.asarray(settings.get("latents_std", 1)) * config.scaling_factor
     np.testing.assert_allclose(config.scale_latents(jnp.asarray(z)), expected, rtol=1e-5, atol=1e-6)
@@ -451,7 +409,7 @@ def test_stable_diffusion_decodes_512_pixels():
 
     params = convert({key: draw(target.shape) for key, target in targets.items()}, targets)
     decoded = jax.jit(functools.partial(model.apply, method="decode"))(
-        {"params": params}, image(1, 64, 64, 4)
+        {"params": params}, array(1, 64, 64, 4)
     )
     assert decoded.shape == (1, 512, 512, 3)
     assert np.isfinite(decoded).all()

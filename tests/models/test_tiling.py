@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import array, assert_close, from_torch, to_torch
 
 from qjax.models.autoencoder_config import AutoencoderKLConfig
 from qjax.models.autoencoder_kl import AutoencoderKL, checkpoint_keys
@@ -23,24 +24,6 @@ TINY = {
 TILE = 8
 # Heights and widths in latents: barely too large, with edges of one pixel and of nearly a tile.
 SIZES = [(8, 9), (12, 8), (13, 19), (14, 20), (25, 11)]
-
-
-def image(b, h, w, c, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, h, w, c)).astype(np.float32)
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def assert_close(ours, reference):
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
 
 
 @functools.cache
@@ -98,7 +81,7 @@ def test_tiles_and_their_blending_are_those_of_diffusers(size):
 
     theirs = reference_model()
     theirs.decoder, theirs.post_quant_conv = CentredAndDoubled(), torch.nn.Identity()
-    z = image(2, *size, 4)
+    z = array(2, *size, 4)
     ours = tiled_by(centred_and_doubled, tile=TILE)(z)
     assert_close(ours, from_torch(theirs.decode(to_torch(z)).sample))
     assert np.abs(ours - jax.jit(centred_and_doubled)(z)).max() > 0.1  # not that of the whole
@@ -107,14 +90,14 @@ def test_tiles_and_their_blending_are_those_of_diffusers(size):
 @pytest.mark.torch_oracle
 def test_tiled_decode_agrees_with_diffusers():
     assert tiny_model()[0].config.latent_tile == TILE
-    z = image(2, 14, 20, 4)
+    z = array(2, 14, 20, 4)
     ours = tiled_by(apply("decode"), tile=TILE)(z)
     assert_close(ours, from_torch(reference_model().decode(to_torch(z)).sample))
 
 
 @pytest.mark.torch_oracle
 def test_tiled_encode_agrees_with_diffusers():
-    x = image(1, 28, 40, 3)
+    x = array(1, 28, 40, 3)
     ours = tiled_by(apply("moments"), tile=2 * TILE)(x)
     expected = reference_model().encode(to_torch(x)).latent_dist.parameters
     assert_close(ours, from_torch(expected))
@@ -124,7 +107,7 @@ def test_tiled_encode_agrees_with_diffusers():
     ("size", "overlap"), [*zip(SIZES, [0, 1, None, 3, 4], strict=True), ((9, 9), 4)]
 )
 def test_what_sees_one_pixel_at_a_time_is_the_same_in_tiles(size, overlap):
-    x = image(1, *size, 2)
+    x = array(1, *size, 2)
     grown = lambda x: jnp.repeat(jnp.repeat(x, 3, axis=1), 2, axis=2)
     ours = tiled_by(grown, tile=TILE, overlap=overlap)(x)
     expected = x.repeat(3, axis=1).repeat(2, axis=2)
@@ -132,7 +115,7 @@ def test_what_sees_one_pixel_at_a_time_is_the_same_in_tiles(size, overlap):
 
 
 def test_what_fits_into_one_tile_is_left_whole():
-    x = image(2, 8, 5, 2)
+    x = array(2, 8, 5, 2)
     seen = []
     assert tiled(lambda tile: seen.append(tile) or tile, x, tile=TILE) is x
     assert seen == [x]
@@ -145,20 +128,20 @@ def test_alike_tiles_share_a_program():
         sizes.append(x.shape[1:3])
         return x
 
-    x = image(1, 38, 44, 1)
+    x = array(1, 38, 44, 1)
     np.testing.assert_allclose(tiled_by(function, tile=8)(x), x, rtol=1e-5)
     assert sorted(sizes) == [(2, 2), (2, 8), (8, 2), (8, 8)]
 
 
 def test_gradient_of_tiles_is_that_of_the_whole():
-    x, weights = image(1, 13, 11, 2), image(1, 13, 11, 2, seed=1)
+    x, weights = array(1, 13, 11, 2), array(1, 13, 11, 2, seed=1)
     loss = lambda x: jnp.vdot(weights, tiled(jnp.sin, x, tile=TILE))
     of_tiles = jax.jit(jax.grad(loss))(x)
     np.testing.assert_allclose(of_tiles, weights * np.cos(x), rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_work_under_vmap():
-    x = image(4, 13, 11, 2)
+    x = array(4, 13, 11, 2)
     function = functools.partial(tiled, centred_and_doubled, tile=TILE)
     stacked = jax.jit(jax.vmap(function))(x.reshape(2, 2, 13, 11, 2))
     expected = np.asarray(jax.jit(function)(x))
@@ -174,7 +157,7 @@ def test_tiles_keep_the_dtype():
 @pytest.mark.parametrize("overlap", [-1, 5])
 def test_overlap_of_more_than_half_a_tile_raises(overlap):
     with pytest.raises(ValueError, match=rf"overlap from 0 to half .* overlap={overlap}\. Use"):
-        tiled(jnp.sin, image(1, 9, 9, 1), tile=TILE, overlap=overlap)
+        tiled(jnp.sin, array(1, 9, 9, 1), tile=TILE, overlap=overlap)
 
 
 def test_overlap_between_two_pixels_of_the_result_raises():
@@ -188,16 +171,16 @@ def test_overlap_between_two_pixels_of_the_result_raises():
 
 
 def test_one_image_at_a_time_gives_what_the_batch_gives():
-    z, decode = image(3, 8, 4, 4), apply("decode")
+    z, decode = array(3, 8, 4, 4), apply("decode")
     together = jax.jit(decode)(z)
     one_by_one = jax.jit(functools.partial(one_at_a_time, decode))(z)
     assert_close(one_by_one, np.asarray(together))
 
 
 def test_one_image_at_a_time_takes_functions_of_many_results():
-    double, total = one_at_a_time(lambda x: (2 * x, x.sum((1, 2, 3))), image(3, 2, 2, 1))
-    assert np.array_equal(double, 2 * image(3, 2, 2, 1))
-    np.testing.assert_allclose(total, image(3, 2, 2, 1).sum((1, 2, 3)), rtol=1e-5)
+    double, total = one_at_a_time(lambda x: (2 * x, x.sum((1, 2, 3))), array(3, 2, 2, 1))
+    assert np.array_equal(double, 2 * array(3, 2, 2, 1))
+    np.testing.assert_allclose(total, array(3, 2, 2, 1).sum((1, 2, 3)), rtol=1e-5)
 
 
 # Memory

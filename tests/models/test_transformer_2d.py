@@ -1,14 +1,12 @@
 """The spatial transformer against diffusers' on the same random weights, from the inside out."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import array, assert_close, randomize, to_torch, with_weights_of
 
 from qjax.models.attention import dot_product_attention
-from qjax.models.convert import convert
 from qjax.models.transformer_2d import (
     Attention,
     BasicTransformerBlock,
@@ -17,56 +15,15 @@ from qjax.models.transformer_2d import (
     Transformer2DModel,
     mask_as_channel,
 )
-from qjax.models.unet2d_condition_keys import transformer_keys_of_params
 
 SHAPES = [(1, 4, 4), (3, 2, 5), (2, 7, 3)]  # batch, height, width
 TEXT_TOKENS, TEXT_WIDTH, WIDTH = 5, 6, 8
-TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
-
-
-def randomize(module):
-    """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
-    torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
-    return module.eval()
-
-
-def array(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def text_for(b):
     """A text, and a mask that leaves every image other tokens, at least two."""
     mask = np.arange(TEXT_TOKENS) <= 1 + np.arange(b)[:, None]
     return array(b, TEXT_TOKENS, TEXT_WIDTH, seed=1), mask
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x if x.ndim != 4 else x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    x = x.detach().numpy()
-    return x if x.ndim != 4 else x.transpose(0, 2, 3, 1)
-
-
-def with_weights_of(torch_module, module, *inputs):
-    """`module` with the parameters of `torch_module`, compiled; keys must agree exactly."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
-    params = convert(tensors, transformer_keys_of_params(shapes["params"]))
-    return jax.jit(functools.partial(module.apply, {"params": params}))
-
-
-def assert_close(ours, reference):
-    reference = from_torch(reference)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= TOLERANCE * np.abs(reference).max()
 
 
 def masked_scores(mask):

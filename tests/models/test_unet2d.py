@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import array, assert_close, params_of, randomize, to_torch, with_weights_of
 
 from qjax.models import resnet
 from qjax.models.attention import AttentionBlock
-from qjax.models.convert import convert
 from qjax.models.unet2d import (
     DownBlock,
     MidBlock,
@@ -18,11 +18,9 @@ from qjax.models.unet2d import (
     UNet2DModel,
     UpBlock,
 )
-from qjax.models.unet2d_keys import keys_of_params
 
 SHAPES = [(1, 8, 8), (3, 8, 16), (2, 16, 12)]  # batch, height, width
 TIME_DIM = 12
-TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
 
 TINY = {
     "block_out_channels": (8, 16),
@@ -89,52 +87,8 @@ def tiny_config(**settings):
     return UNet2DConfig.from_diffusers(TINY | settings)
 
 
-def randomize(module):
-    """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
-    torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
-    return module.eval()
-
-
-def image(b, h, w, c, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, h, w, c)).astype(np.float32)
-
-
 def vector(b, seed=0):
     return np.random.default_rng(seed).normal(size=(b, TIME_DIM)).astype(np.float32)
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x if x.ndim != 4 else x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    x = x.detach().numpy()
-    return x if x.ndim != 4 else x.transpose(0, 2, 3, 1)
-
-
-def params_of(torch_module, module, *inputs):
-    """The parameters of `torch_module` as `module` holds them; keys must agree exactly."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
-    return convert(tensors, keys_of_params(shapes.get("params", {})))
-
-
-def with_weights_of(torch_module, module, *inputs):
-    """`module` with the parameters of `torch_module`, compiled."""
-    params = params_of(torch_module, module, *inputs)
-    return jax.jit(functools.partial(module.apply, {"params": params}))
-
-
-def assert_close(ours, reference):
-    reference = from_torch(reference)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= TOLERANCE * np.abs(reference).max()
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +107,13 @@ def blocks():
 def test_group_norm_agrees_with_torch(shape, groups):
     torch = pytest.importorskip("torch")
     theirs = randomize(torch.nn.GroupNorm(groups, 8, eps=1e-3))
-    x = image(*shape, 8) * 3 + 10
+    x = array(*shape, 8) * 3 + 10
     ours = with_weights_of(theirs, resnet.GroupNorm(groups, 1e-3), x)
     assert_close(ours(x), theirs(to_torch(x)))
 
 
 def test_group_norm_loses_no_digits_to_a_large_mean():
-    x = image(2, 8, 8, 8).astype(np.float64)
+    x = array(2, 8, 8, 8).astype(np.float64)
     norm = resnet.GroupNorm(4, 1e-6)
     params = norm.init(jax.random.key(0), jnp.asarray(x, jnp.float32))
     # The shift costs inputs of 24 bits 8; a variance out of squares would lose 16.
@@ -175,7 +129,7 @@ def test_group_norm_that_does_not_divide_raises():
 @pytest.mark.torch_oracle
 @pytest.mark.parametrize("shape", SHAPES)
 def test_halving_and_doubling_agree_with_torch(blocks, shape):
-    x = image(*shape, 8)
+    x = array(*shape, 8)
     for padding in (0, 1):
         theirs = randomize(blocks.Downsample2D(8, use_conv=True, padding=padding, name="op"))
         ours = with_weights_of(theirs, resnet.Downsample(padding), x)
@@ -213,7 +167,7 @@ def test_resnet_block_agrees_with_diffusers(blocks, shape, settings):
             down=settings["resample"] == "down",
         )
     )
-    x, time = image(*shape, 8), vector(shape[0])
+    x, time = array(*shape, 8), vector(shape[0])
     block = resnet.ResnetBlock(groups=4, eps=1e-5, output_scale=1.5, **settings)
     ours = with_weights_of(theirs, block, x, time)
     assert_close(ours(x, time), theirs(to_torch(x), to_torch(time)))
@@ -235,7 +189,7 @@ def test_attention_block_agrees_with_diffusers(blocks, shape, groups):
             bias=True,
         )
     )
-    x = image(*shape, 8)
+    x = array(*shape, 8)
     block = AttentionBlock(2, 3, groups=groups, eps=1e-5, output_scale=1.5)
     assert_close(with_weights_of(theirs, block, x)(x), theirs(to_torch(x)))
 
@@ -272,7 +226,7 @@ def test_down_and_up_blocks_agree_with_diffusers(level, shape):
     theirs = randomize(reference.down_blocks[level])
     attention, downsample = config.down_plan[level]
     down = DownBlock(config, config.block_out_channels[level], attention, downsample)
-    x = image(*shape, config.block_out_channels[max(level - 1, 0)])
+    x = array(*shape, config.block_out_channels[max(level - 1, 0)])
     ours = with_weights_of(theirs, down, x, time)(x, time)
     for kept, expected in zip(ours, theirs(to_torch(x), to_torch(time))[1], strict=True):
         assert_close(kept, expected)
@@ -281,9 +235,9 @@ def test_down_and_up_blocks_agree_with_diffusers(level, shape):
     attention, upsample = config.up_plan[level]
     channels = config.block_out_channels[::-1]
     up = UpBlock(config, channels[level], attention, upsample)
-    x = image(*shape, channels[max(level - 1, 0)])
+    x = array(*shape, channels[max(level - 1, 0)])
     widths = channels[level], channels[min(level + 1, 2)]
-    skips = [image(*shape, c, seed=c) for c in widths]
+    skips = [array(*shape, c, seed=c) for c in widths]
     ours = with_weights_of(theirs, up, x, skips, time)(x, skips, time)
     kept = tuple(to_torch(skip) for skip in reversed(skips))
     assert_close(ours, theirs(to_torch(x), kept, to_torch(time)))
@@ -297,7 +251,7 @@ def test_mid_block_agrees_with_diffusers(shape):
 
     config = tiny_config(mid_block_scale_factor=1.5)
     theirs = diffusers.UNet2DModel.from_config(config.to_diffusers()).mid_block
-    x, time = image(*shape, 16), vector(shape[0])
+    x, time = array(*shape, 16), vector(shape[0])
     ours = with_weights_of(randomize(theirs), MidBlock(config), x, time)
     assert_close(ours(x, time), theirs(to_torch(x), to_torch(time)))
 
@@ -319,7 +273,7 @@ def reference_model(name):
 
     config = tiny_config(**MODELS[name])
     theirs = randomize(diffusers.UNet2DModel.from_config(config.to_diffusers()))
-    x, labels = image(1, 8, 8, config.in_channels), some_labels(config, 1)
+    x, labels = array(1, 8, 8, config.in_channels), some_labels(config, 1)
     params = params_of(theirs, UNet2DModel(config), x, np.array([1], np.int32), labels)
     return theirs, UNet2DModel(config), params
 
@@ -331,7 +285,7 @@ def reference_model(name):
 @pytest.mark.parametrize(("name", "shape"), MODELS_AT_SHAPES)
 def test_model_agrees_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
-    x, labels = image(*shape, model.config.in_channels), some_labels(model.config, shape[0])
+    x, labels = array(*shape, model.config.in_channels), some_labels(model.config, shape[0])
     t = np.arange(shape[0], dtype=np.int32) * 7 + 3
     ours = jax.jit(model.apply)({"params": params}, x, t, labels)
     their_labels = None if labels is None else to_torch(labels)
@@ -342,7 +296,7 @@ def tiny_model(**settings):
     """A model with random weights everywhere, the zero-initialised last layer too."""
     model = UNet2DModel(tiny_config(**settings))
     labels = some_labels(model.config, 2)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image(2, 8, 8, 3), 1, labels)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), array(2, 8, 8, 3), 1, labels)
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32)
     return model, jax.tree.map(draw, shapes)
@@ -356,13 +310,13 @@ def test_one_timestep_for_all_equals_one_for_each():
         "mid_block_type": None,
     }
     model, variables = tiny_model(**smallest)
-    x, apply = image(2, 8, 8, 3), jax.jit(model.apply)
+    x, apply = array(2, 8, 8, 3), jax.jit(model.apply)
     one = apply(variables, x, 5)
     assert np.array_equal(one, apply(variables, x, np.array([5.0, 5.0], np.float32)))
 
 
 def test_untrained_model_predicts_zero():
-    model, x = UNet2DModel(tiny_config()), image(1, 8, 8, 3)
+    model, x = UNet2DModel(tiny_config()), array(1, 8, 8, 3)
     last_layer = jax.jit(lambda key: model.init(key, x, 3)["params"]["conv_out"])
     assert not any(leaf.any() for leaf in last_layer(jax.random.key(0)).values())
 
@@ -377,7 +331,7 @@ def test_fourier_frequencies_get_no_gradient():
 
 def test_bfloat16_computes_in_bfloat16_and_stays_near_float32():
     model, variables = tiny_model(num_class_embeds=5)
-    x, labels = image(2, 8, 8, 3), np.array([1, 2], np.int32)
+    x, labels = array(2, 8, 8, 3), np.array([1, 2], np.int32)
     full = jax.jit(model.apply)(variables, x, 5, labels)
     half = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, x, 5, labels)
     assert half.dtype == jnp.bfloat16
@@ -388,13 +342,13 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near_float32():
 def test_size_that_cannot_be_halved_raises():
     model, variables = tiny_model()
     with pytest.raises(ValueError, match=r"multiples of 2, .* x_t.shape=\(1, 8, 9, 3\)"):
-        model.apply(variables, image(1, 8, 9, 3), 1)
+        model.apply(variables, array(1, 8, 9, 3), 1)
 
 
 def test_missing_and_unexpected_labels_raise():
     conditional, variables = tiny_model(num_class_embeds=5)
     with pytest.raises(ValueError, match="class-conditional and needs labels"):
-        conditional.apply(variables, image(1, 8, 8, 3), 1)
+        conditional.apply(variables, array(1, 8, 8, 3), 1)
     unconditional, variables = tiny_model()
     with pytest.raises(ValueError, match="unconditional .* call it with labels=None"):
-        unconditional.apply(variables, image(1, 8, 8, 3), 1, np.array([1], np.int32))
+        unconditional.apply(variables, array(1, 8, 8, 3), 1, np.array([1], np.int32))

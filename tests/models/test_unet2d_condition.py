@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import array, assert_close, randomize, to_torch, with_weights_of
 
 from qjax.core.config import QuantConfig, WeightSpec
 from qjax.core.qtensor import is_qtensor
@@ -14,11 +15,10 @@ from qjax.models.convert import convert
 from qjax.models.unet2d_condition import TimeEmbedding, UNet2DConditionModel
 from qjax.models.unet2d_condition_config import UNet2DConditionConfig
 from qjax.models.unet2d_condition_inputs import Conditioning, abstract_inputs
-from qjax.models.unet2d_condition_keys import checkpoint_keys, transformer_keys_of_params
+from qjax.models.unet2d_condition_keys import checkpoint_keys
 
 SHAPES = [(1, 8, 8), (3, 8, 4), (2, 7, 10)]  # batch, height, width; the last does not divide
 TOKENS, TEXT_WIDTH, TIME_DIM = 5, 6, 12
-TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
 GRADIENT_TOLERANCE = 1e-3
 
 TINY = {
@@ -103,21 +103,6 @@ def tiny_config(**settings):
     return UNet2DConditionConfig.from_diffusers(TINY | settings)
 
 
-def randomize(module):
-    """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
-    torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
-    return module.eval()
-
-
-def array(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def conditioning_for(config, b, tokens=TOKENS):
     """Whatever the model needs, every image's its own."""
 
@@ -130,35 +115,6 @@ def conditioning_for(config, b, tokens=TOKENS):
 
     fields = abstract_inputs(config, batch=b, tokens=tokens)[2]._asdict()
     return Conditioning(**{k: None if v is None else draw(k, v) for k, v in fields.items()})
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x if x.ndim != 4 else x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    x = x.detach().numpy()
-    return x if x.ndim != 4 else x.transpose(0, 2, 3, 1)
-
-
-def params_of(torch_module, module, *inputs):
-    """The parameters of `torch_module` as `module` holds them; keys must agree exactly."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
-    return convert(tensors, transformer_keys_of_params(shapes["params"]))
-
-
-def with_weights_of(torch_module, module, *inputs):
-    """`module` with the parameters of `torch_module`, compiled."""
-    params = params_of(torch_module, module, *inputs)
-    return jax.jit(functools.partial(module.apply, {"params": params}))
-
-
-def assert_close(ours, reference, tolerance=TOLERANCE):
-    reference = from_torch(reference)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
 
 
 # Layers

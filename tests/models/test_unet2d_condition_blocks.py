@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from parity import array, assert_close, from_torch, params_of, randomize, to_torch, with_weights_of
 
 from qjax.models.convert import convert
 from qjax.models.unet2d_condition_blocks import (
@@ -21,7 +22,6 @@ from qjax.models.unet2d_condition_plan import down_plan, mid_plan, up_plan
 
 SHAPES = [(1, 8, 8), (3, 8, 4), (2, 7, 10)]  # batch, height, width; the last does not divide
 TOKENS, TEXT_WIDTH, TIME_DIM = 5, 6, 12
-TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
 
 # One of each type; all but the last of each direction halve or double.
 CONFIG = UNet2DConditionConfig(
@@ -48,50 +48,6 @@ CONFIG = UNet2DConditionConfig(
     only_cross_attention=(True, False, False, False),
     resnet_out_scale_factor=1.5,
 )
-
-
-def randomize(module):
-    """Every parameter drawn anew, norms and biases too, so that none can be mixed up."""
-    torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
-    return module.eval()
-
-
-def array(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x if x.ndim != 4 else x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    x = x.detach().numpy()
-    return x if x.ndim != 4 else x.transpose(0, 2, 3, 1)
-
-
-def params_of(torch_module, module, *inputs):
-    """The parameters of `torch_module` as `module` holds them; keys must agree exactly."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    tensors = {k: v.numpy() for k, v in torch_module.state_dict().items()}
-    return convert(tensors, transformer_keys_of_params(shapes["params"]))
-
-
-def with_weights_of(torch_module, module, *inputs):
-    """`module` with the parameters of `torch_module`, compiled."""
-    params = params_of(torch_module, module, *inputs)
-    return jax.jit(functools.partial(module.apply, {"params": params}))
-
-
-def assert_close(ours, reference):
-    reference = from_torch(reference)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= TOLERANCE * np.abs(reference).max()
 
 
 # Layers

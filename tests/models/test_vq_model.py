@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import array, assert_close, from_torch, to_torch
 
 from qjax.models.autoencoder_config import VQModelConfig
 from qjax.models.convert import convert, to_checkpoint
 from qjax.models.vq_model import VectorQuantizer, VQModel, checkpoint_keys, nearest_codes
 
 SHAPES = [(1, 8, 8), (3, 8, 16), (2, 16, 12)]  # batch, height, width
-TOLERANCE = 1e-4  # largest error over largest output; float32 sums in another order
 
 TINY = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -55,24 +55,6 @@ def tiny_config(**settings):
     return VQModelConfig.from_diffusers(TINY | settings)
 
 
-def image(b, h, w, c, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, h, w, c)).astype(np.float32)
-
-
-def to_torch(x):
-    torch = pytest.importorskip("torch")
-    return torch.tensor(x.transpose(0, 3, 1, 2).copy())
-
-
-def from_torch(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def assert_close(ours, reference, tolerance=TOLERANCE):
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
-
-
 @functools.cache
 def reference_model(name):
     """Diffusers' model with every parameter drawn anew, and ours with its parameters."""
@@ -107,7 +89,7 @@ def tiny_model(**settings):
 @pytest.mark.parametrize(("rows", "dim"), [(1, 3), (16, 4), (300, 3)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_code_is_that_of_the_nearest_row(shape, rows, dim):
-    latents = image(*shape, dim)
+    latents = array(*shape, dim)
     codebook = np.random.default_rng(1).normal(size=(rows, dim)).astype(np.float32)
     codes = nearest_codes(latents, codebook)
     apart = latents.astype(np.float64)[..., None, :] - codebook
@@ -116,7 +98,7 @@ def test_code_is_that_of_the_nearest_row(shape, rows, dim):
 
 
 def test_latents_far_from_the_codebook_find_the_nearest_row_too():
-    latents, codebook = image(1, 8, 8, 3) + 1000, image(1, 1, 64, 3, seed=1)[0, 0]
+    latents, codebook = array(1, 8, 8, 3) + 1000, array(1, 1, 64, 3, seed=1)[0, 0]
     apart = latents.astype(np.float64)[..., None, :] - codebook
     assert np.array_equal(nearest_codes(latents, codebook), np.square(apart).sum(-1).argmin(-1))
 
@@ -129,7 +111,7 @@ def test_the_first_of_equally_near_rows_is_taken():
 
 def quantizer():
     module = VectorQuantizer(16, 3)
-    return module, {"params": {"embedding": {"embedding": image(1, 1, 16, 3)[0, 0]}}}
+    return module, {"params": {"embedding": {"embedding": array(1, 1, 16, 3)[0, 0]}}}
 
 
 def test_rows_of_the_codebook_stay_as_they_are():
@@ -142,7 +124,7 @@ def test_rows_of_the_codebook_stay_as_they_are():
 
 def test_quantizing_has_the_gradient_of_the_identity():
     module, variables = quantizer()
-    z, weights = image(1, 4, 4, 3, seed=1), image(1, 4, 4, 3, seed=2)
+    z, weights = array(1, 4, 4, 3, seed=1), array(1, 4, 4, 3, seed=2)
     loss = lambda z, variables: jnp.vdot(weights, module.apply(variables, z))
     of_latents, of_codebook = jax.grad(loss, argnums=(0, 1))(z, variables)
     assert np.array_equal(of_latents, weights)
@@ -151,7 +133,7 @@ def test_quantizing_has_the_gradient_of_the_identity():
 
 def test_codebook_hides_no_nan():
     module, variables = quantizer()
-    z = image(1, 2, 2, 3).copy()
+    z = array(1, 2, 2, 3).copy()
     z[0, 1, 1, 2] = np.nan
     quantized = module.apply(variables, z)
     assert np.isnan(quantized[0, 1, 1, 2])
@@ -168,7 +150,7 @@ def test_codebook_hides_no_nan():
 )
 def test_encode_and_decode_agree_with_diffusers(name, shape):
     theirs, model, params = reference_model(name)
-    x, z = image(*shape, 3), image(*shape, model.config.codebook_dim)
+    x, z = array(*shape, 3), array(*shape, model.config.codebook_dim)
     latents = jax.jit(functools.partial(model.apply, method="encode"))({"params": params}, x)
     assert_close(latents, from_torch(theirs.encode(to_torch(x)).latents))
     decoded = jax.jit(functools.partial(model.apply, method="decode"))({"params": params}, z)
@@ -190,7 +172,7 @@ def test_decoding_without_the_codebook_and_of_codes_agrees_with_diffusers():
     assert_close(decoded, from_torch(reference.sample))
 
     # The same weights under a config without the lookup.
-    z = image(2, 4, 6, 3)
+    z = array(2, 4, 6, 3)
     settings = model.config.to_diffusers() | {"lookup_from_codebook": False}
     plain = VQModel(VQModelConfig.from_diffusers(settings))
     ours = functools.partial(
@@ -205,7 +187,7 @@ def test_decoding_without_the_codebook_and_of_codes_agrees_with_diffusers():
 @pytest.mark.torch_oracle
 def test_whole_model_and_its_gradient_agree_with_diffusers():
     theirs, model, params = reference_model("f4_like")
-    x, weights = image(2, 8, 12, 3), image(2, 8, 12, 3, seed=1)
+    x, weights = array(2, 8, 12, 3), array(2, 8, 12, 3, seed=1)
     ours = lambda x: jnp.vdot(weights, model.apply({"params": params}, x))
     value, gradient = jax.jit(jax.value_and_grad(ours))(x)
 
@@ -226,7 +208,7 @@ def test_decode_takes_the_codes_that_codes_names_in_every_dtype(dtype):
         codes = apply(z, method="codes")
         return apply(z, method="decode"), apply(codes, method="decode_codes")
 
-    of_latents, of_codes = images(image(2, 4, 4, 3))
+    of_latents, of_codes = images(array(2, 4, 4, 3))
     assert of_latents.dtype == of_codes.dtype == dtype
     assert np.array_equal(of_latents, of_codes)
 
@@ -234,7 +216,7 @@ def test_decode_takes_the_codes_that_codes_names_in_every_dtype(dtype):
 def test_vmap_over_batches_equals_one_large_batch():
     model, params = tiny_model()
     decode = lambda z: model.apply({"params": params}, z, method="decode")
-    z = image(4, 4, 6, 3)
+    z = array(4, 4, 6, 3)
     together = jax.jit(decode)(z)
     stacked = jax.jit(jax.vmap(decode))(z.reshape(2, 2, 4, 6, 3))
     assert_close(stacked.reshape(together.shape), together)
@@ -259,14 +241,14 @@ def test_codes_where_latents_are_wanted_raise():
     lookup = VQModel(tiny_config(**MODELS["codes"]))
     with pytest.raises(ValueError, match="got float32 with force_not_quantize=True"):
         lookup.apply(
-            {"params": params}, image(1, 2, 2, 3), method="decode", force_not_quantize=True
+            {"params": params}, array(1, 2, 2, 3), method="decode", force_not_quantize=True
         )
 
 
 def test_size_that_cannot_be_halved_raises():
     model = VQModel(tiny_config())
     with pytest.raises(ValueError, match=r"multiples of 2, .* image.shape=\(1, 7, 8, 3\)"):
-        jax.eval_shape(model.init, jax.random.key(0), image(1, 7, 8, 3))
+        jax.eval_shape(model.init, jax.random.key(0), array(1, 7, 8, 3))
 
 
 # Keys and settings
@@ -310,7 +292,7 @@ def test_published_config_is_read_and_not_scaled():
 
 
 def test_scaling_latents_can_be_undone():
-    config, z = tiny_config(scaling_factor=0.5), jnp.asarray(image(1, 2, 2, 3))
+    config, z = tiny_config(scaling_factor=0.5), jnp.asarray(array(1, 2, 2, 3))
     assert np.array_equal(config.scale_latents(z), z / 2)
     assert np.array_equal(config.unscale_latents(config.scale_latents(z)), z)
 
