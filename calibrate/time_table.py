@@ -44,9 +44,9 @@ class TimePrecalculation:
         """The steps of the sampler, if they are chosen.
 
         Raises:
-          ValueError: If they are not.
+          ValueError: If they are not, or the network has nothing that depends on t alone.
         """
-        del pipe
+        replaced_layers(network_of(pipe))
         if self.steps is None:
             raise ValueError(
                 "a time table is made for the steps of the sampler, whose number is not chosen: "

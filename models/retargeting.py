@@ -67,7 +67,7 @@ def network_of(pipe: Pipeline) -> Any:
         raise ValueError(
             f"What depends on t alone is known of the networks of this library only; the pipeline "
             f"came from from_apply with {name} and has no source. Leave time information "
-            "precalculation out of the recipe."
+            "precalculation out of the recipe, or add a port of the network to the library."
         )
     return build_denoiser(pipe.source.model, pipe.source.config).model
 

@@ -83,7 +83,7 @@ COMMANDS = (
             Option(
                 name="reference",
                 read=text,
-                metavar="MODEL_B",
+                metavar="MODEL_A",
                 help="model to hold it against from the same noise, the float one of a quantized",
             ),
             Option(
@@ -134,7 +134,7 @@ COMMANDS = (
                 read=whole(1),
                 metavar="N",
                 default=64,
-                help="most pictures at a time, of every device; which does not depend on it",
+                help="most pictures at a time, of every device; what is drawn does not depend on it",
             ),
             Option(
                 name="part-size",

@@ -172,6 +172,23 @@ def test_a_recipe_with_the_stage_runs_saves_and_resumes(tmp_path):
     assert np.array_equal(draw(again), draw(made))
 
 
+@dataclasses.dataclass(frozen=True)
+class Never:
+    """A stage that must not run."""
+
+    def run(self, state, key, work):
+        raise AssertionError("a stage ran")
+
+
+def test_a_network_without_a_port_is_refused_before_a_stage_runs(tmp_path):
+    apply = lambda variables, x_t, t, labels: x_t @ variables["params"]["kernel"]
+    pipe = Pipeline.from_apply(apply, {"kernel": jnp.ones((4, 4))}, SAMPLER, (8, 8, 4))
+    recipe = Recipe(quant=W8, stages=(Never(), TimePrecalculation(steps=STEPS)))
+    with pytest.raises(ValueError, match="has no source.*add a port of the network"):
+        run(pipe, recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 DRAW = """
 import sys, jax, numpy as np
 from qjax.models.loading import load_pipeline
