@@ -52,8 +52,12 @@ def sources() -> list[Path]:
 
 
 def source_digest(cells: list[Any]) -> str:
-    """sha256 of the cells of code: what outputs depend on, equal for a text and its notebook."""
+    """sha256 of the cells of code: what outputs depend on, equal for a text and its notebook.
+
+    Where a clone comes from is left out.
+    """
     text = "\0".join(cell.source.strip() for cell in cells if cell.cell_type == "code")
+    text = re.sub("^REPOSITORY = .*$", "", text, flags=re.MULTILINE)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

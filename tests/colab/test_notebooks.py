@@ -72,6 +72,9 @@ def test_changed_code_is_told_from_the_code_that_ran(notebooks):
     last = [cell for cell in cells if cell.cell_type == "code"][-1]
     last.source += "\n"
     assert notebooks.source_digest(cells) == before
+    first = next(cell for cell in cells if cell.cell_type == "code")
+    first.source = first.source.replace("OWNER/qjax", "somebody/qjax")  # as in colab/README.md
+    assert notebooks.source_digest(cells) == before
     last.source += "x"
     assert notebooks.source_digest(cells) != before
 
@@ -105,6 +108,9 @@ def test_the_first_cell_can_run_twice_takes_an_uploaded_clone_and_asks_for_an_ad
     text, monkeypatch, tmp_path
 ):
     install = code(text)[0].partition("import flax")[0]
+    install = re.sub(
+        r'"https://github.com/.*?"', '"https://github.com/OWNER/qjax"', install, count=1
+    )
     commands, file = [], tmp_path / "first.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
