@@ -17,6 +17,7 @@ from _trials import (
     forked,
     hidden,
     killed,
+    seen,
     small_model,
     timed,
     tree,
@@ -101,28 +102,30 @@ def kills_in_quantize(folder: Path, rng: random.Random, count: int) -> dict[str,
     """`qjax quantize --overwrite` over a save: the old or the new one is there, whole."""
     from qjax.cli import main
 
-    model, out = small_model(folder / "float"), folder / "out"
+    model, out = small_model(folder / "float", num_heads=8, head_dim=64), folder / "out"
     words = ["quantize", str(model), "--out", str(out), "--overwrite", "--json", "--recipe"]
 
     def quantize(recipe: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         check(main([*words, recipe]) == 0, "quantize failed")
 
+    # `beside` is there from when the first file of a save is made until the old save is removed.
+    beside = lambda: next(folder.glob(f".{out.name}-*"), None)
     good = {}
     for recipe in ("w8a8", "w4a8"):
-        seconds = forked(lambda recipe=recipe: timed(lambda: quantize(recipe)))
+        seconds, writes = seen(lambda recipe=recipe: quantize(recipe), beside)
         good[recipe] = digests(out)
     found = {"killed": 0, "while it wrote": 0, "old": 0, "new": 0}
     now = "w4a8"
     for number in range(count):
         new = "w8a8" if now == "w4a8" else "w4a8"
-        # At any time, and in turns within some milliseconds of the first file it makes.
+        # In turns at any time, and while it writes.
         writing = number % 2 == 1
-        moment = rng.random() * (0.03 if writing else 0.8 * seconds)
-        begun = (lambda: hidden(folder)) if writing else (lambda: True)
+        moment = rng.random() * (writes if writing else 0.8 * seconds)
+        begun = beside if writing else lambda: True
         at_work = killed(lambda new=new: quantize(new), moment, begun)
         found["killed"] += at_work
-        found["while it wrote"] += at_work and bool(hidden(folder))
+        found["while it wrote"] += at_work and beside() is not None
         have = digests(out)
         check(have in good.values(), "neither the old nor the new save")
         found["new" if have == good[new] else "old"] += 1

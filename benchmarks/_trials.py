@@ -87,6 +87,21 @@ def killed(
     return alive
 
 
+def seen(work: Callable[[], Any], thing: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that `work` takes in a process, and for how many of them `thing` was there."""
+    begin = time.perf_counter()
+    process = FORK.Process(target=silent, args=(work,))
+    process.start()
+    times = []
+    while process.is_alive():
+        if thing():
+            times.append(time.perf_counter())
+        time.sleep(0.0005)
+    process.join()
+    check(process.exitcode == 0, "it failed")
+    return time.perf_counter() - begin, times[-1] - times[0] if times else 0.0
+
+
 def silent(work: Callable[[], Any]) -> None:
     """Run `work`; what it says as an error goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
