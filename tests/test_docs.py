@@ -152,6 +152,30 @@ def test_a_command_line_that_is_wrong_would_be_found(line):
         parse(line)
 
 
+def written(text: str) -> list[str]:
+    """The folders that a page writes: once for each command and each run, and once for all saves.
+
+    A save of Python replaces an older one.
+    """
+    code = "\n".join(code for _, code in BLOCK.findall(text))
+    found = list(set(re.findall(r'\bsave\(\s*"([^"]+)"', code)))
+    found += re.findall(r'\brun\(.*\bout="([^"]+)"', code)
+    command = re.compile(r"qjax (?:quantize|calibrate|eval|convert) .*--out (\S+)")
+    return found + [match[1] for match in map(command.match, shell_lines(text)) if match]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_a_page_that_is_followed_writes_no_folder_twice(path):
+    """A second run is refused, by a model that is there or as another run's folder."""
+    found = [one for one in written(path.read_text(encoding="utf-8")) if one != "DIR"]
+    assert sorted(found) == sorted(set(found))
+
+
+def test_a_folder_that_is_written_twice_would_be_found():
+    page = '```python\npipe.save("a")\npipe.save("a")\nrun(pipe, out="b")\n```\n```sh\nqjax eval M --out b\n```\n'
+    assert sorted(written(page)) == ["a", "b", "b"]
+
+
 def script(path: Path, *, slow: bool) -> str:
     """The Python of a page, every line where it is in the page: errors name that line."""
     text = path.read_text(encoding="utf-8")

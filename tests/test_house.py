@@ -305,7 +305,7 @@ def text_files() -> Iterator[tuple[Path, str]]:
             for name in folders
             if name in (".ci", ".github")
             or not (name.startswith(".") or name.endswith(".egg-info"))
-            and name not in ("__pycache__", "build", "dist", "runs", "qjax-demo", "shared")
+            and name not in ("__pycache__", "build", "dist", "runs", "qjax-demo", "shared", "site")
         ]
         for name in names:
             path = Path(folder, name)
