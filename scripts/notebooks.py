@@ -2,7 +2,7 @@
 
     python scripts/notebooks.py                execute all; an error anywhere fails
     python scripts/notebooks.py 1 3            those whose names begin so
-    python scripts/notebooks.py --jobs 2       two at a time
+    python scripts/notebooks.py --jobs 2       two at a time, all of them; fails if one has failed
     python scripts/notebooks.py --write 2      execute, and store the outputs in the .ipynb
     python scripts/notebooks.py --prose        store changed prose; outputs stay, the code has to
 
@@ -14,17 +14,17 @@ stderr), and the hash of the code that they come from is kept in the metadata.
 
 import argparse
 import base64
-import functools
 import hashlib
 import io
-import multiprocessing
 import os
 import re
 import resource
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,21 @@ def run(path: Path, *, cells: bool, write: bool) -> None:
         nbformat.write(stored(notebook), path.with_suffix(".ipynb"))
 
 
+def run_in_processes(paths: Sequence[Path], options: Sequence[str], *, jobs: int) -> list[str]:
+    """The names of those that failed; each runs in a process of this script, `jobs` at a time."""
+
+    def one(path: Path) -> int:
+        words = [sys.executable, __file__, path.stem, *options]
+        return subprocess.run(words, check=False).returncode
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        codes = list(pool.map(one, paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [path.stem for path, code in zip(paths, codes, strict=True) if code]
+
+
 def main() -> None:
     """Execute what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -211,6 +226,8 @@ def main() -> None:
     parser.add_argument("--cells", action="store_true", help="print the seconds of every cell")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks that run at a time")
     settings = parser.parse_args()
+    if settings.jobs < 1:
+        parser.error(f"--jobs must be at least 1; got {settings.jobs}")
     chosen = [path for path in sources() if path.name.startswith(tuple(settings.names) or "")]
     if not chosen:
         parser.error(f"no notebook of that name; there are {', '.join(p.stem for p in sources())}")
@@ -218,12 +235,13 @@ def main() -> None:
         for path in chosen:
             nbformat.write(stored(with_stored_outputs(path)), path.with_suffix(".ipynb"))
         return
-    one = functools.partial(run, cells=settings.cells, write=settings.write)
-    # A process each, so that its kernel's seconds are its own.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.jobs, spawn, max_tasks_per_child=1) as pool:
-        for _ in pool.map(one, chosen):
-            pass
+    if settings.jobs == 1:
+        for path in chosen:
+            run(path, cells=settings.cells, write=settings.write)
+        return
+    options = [f"--{name}" for name in ("cells", "write") if getattr(settings, name)]
+    if failed := run_in_processes(chosen, options, jobs=settings.jobs):
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,21 @@ def test_changed_code_is_told_from_the_code_that_ran(notebooks):
     assert notebooks.source_digest(cells) != before
 
 
+def test_of_notebooks_that_run_at_once_all_run_and_those_that_failed_are_named(
+    notebooks, tmp_path, monkeypatch
+):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys; name, option = sys.argv[1:]\n"
+        "pathlib.Path(__file__).with_name(name).write_text(option)\n"
+        "sys.exit(name in ('2', '4'))\n"
+    )
+    monkeypatch.setattr(notebooks, "__file__", str(script))
+    paths = [Path(f"{i}.py") for i in range(1, 6)]
+    assert notebooks.run_in_processes(paths, ["--cells"], jobs=2) == ["2", "4"]
+    assert [(tmp_path / path.stem).read_text() for path in paths] == ["--cells"] * 5
+
+
 def test_prose_can_change_without_a_run_and_code_cannot(notebooks, tmp_path):
     text = tmp_path / TEXTS[0].name
     words = TEXTS[0].read_text()
