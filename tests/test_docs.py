@@ -152,16 +152,37 @@ def test_a_command_line_that_is_wrong_would_be_found(line):
         parse(line)
 
 
-def written(text: str) -> list[str]:
-    """The folders that a page writes: once for each command and each run, and once for all saves.
+def options(line: str) -> tuple[list[str], str | None]:
+    """What a command is given without a name, and its --out."""
+    words = shlex.split(line.replace("--out=", "--out "), comments=True)
+    out = words[words.index("--out") + 1] if "--out" in words else None
+    first = next((i for i, word in enumerate(words) if word[0] == "-"), len(words))
+    return [word for word in words[2:first] if "=" not in word], out
 
-    A save of Python replaces an older one.
+
+def written_by_python(text: str) -> list[str]:
+    """The folders that a page's Python writes: once for each run, and once for all saves.
+
+    A save replaces an older one.
     """
     code = "\n".join(code for _, code in BLOCK.findall(text))
-    found = list(set(re.findall(r'\bsave\(\s*"([^"]+)"', code)))
-    found += re.findall(r'\brun\(.*\bout="([^"]+)"', code)
-    command = re.compile(r"qjax (?:quantize|calibrate|eval|convert) .*--out (\S+)")
-    return found + [match[1] for match in map(command.match, shell_lines(text)) if match]
+    saves, runs = set(), []
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func).rpartition(".")[2]
+        given = (
+            call.args[:1] if name == "save" else [k.value for k in call.keywords if k.arg == "out"]
+        )
+        place = [one.value for one in given if isinstance(one, ast.Constant)]
+        saves.update(place if name == "save" else ())
+        runs += place if name in ("run", "evaluate") else ()
+    return [*saves, *runs]
+
+
+def written(text: str) -> list[str]:
+    """And those that its commands write."""
+    command = re.compile(r"qjax (quantize|calibrate|eval|convert) ")
+    outs = [options(line)[1] for line in shell_lines(text) if command.match(line)]
+    return [*written_by_python(text), *(out for out in outs if out)]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -171,9 +192,44 @@ def test_a_page_that_is_followed_writes_no_folder_twice(path):
     assert sorted(found) == sorted(set(found))
 
 
+TWICE = """
+```python
+pipe.save("a")
+pipe.save("a")
+qjax.calibrate.run(
+    pipe, recipe,
+    out="b",
+)
+qjax.evaluate(pipe, out="c")
+```
+
+```sh
+qjax eval M --out "b" --steps 3
+qjax quantize M --recipe w4a8 --out=c
+```
+"""
+
+
 def test_a_folder_that_is_written_twice_would_be_found():
-    page = '```python\npipe.save("a")\npipe.save("a")\nrun(pipe, out="b")\n```\n```sh\nqjax eval M --out b\n```\n'
-    assert sorted(written(page)) == ["a", "b", "b"]
+    assert sorted(written(TWICE)) == ["a", "b", "b", "c", "c"]
+
+
+# Of whom models on the hub are, or of nobody: what begins so is not made on the page.
+ELSEWHERE = {"somebody", "facebook", "gs:"}
+TAKE_A_MODEL = re.compile(r"qjax (quantize|calibrate|generate|compare|eval|inspect|push|bench) ")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_models_that_commands_take_are_the_readers_or_shipped_or_made_on_the_page(path):
+    """Those in capitals are the reader's. What commands make stands before; Python, anywhere."""
+    text = path.read_text(encoding="utf-8")
+    known = {*qjax.zoo_names(), *ELSEWHERE, *written_by_python(text)}
+    for line in shell_lines(text):
+        words, out = options(line)
+        models = words[: 2 if line.startswith("qjax compare") else 1]
+        for model in models if TAKE_A_MODEL.match(line) else ():
+            assert model.isupper() or model.partition("/")[0] in known, line
+        known |= {out} - {None}
 
 
 def script(path: Path, *, slow: bool) -> str:
