@@ -84,9 +84,13 @@ def kills_in_conversions(folder: Path, rng: random.Random, count: int) -> dict[s
     good = digests(whole)
     found = {"killed": 0, "no model yet": 0, "whole": 0}
     out = folder / "out"
-    for _ in range(count):
-        found["killed"] += killed(lambda: convert_checkpoint(model, out), rng.random() * seconds)
-        if (out / "model_index.json").exists():
+    index = out / "model_index.json"
+    for number in range(count):
+        # In turns at any time, and when the index, which comes last, is there.
+        last = number % 2 == 1
+        moment, begun = (0.0, index.exists) if last else (rng.random() * seconds, lambda: True)
+        found["killed"] += killed(lambda: convert_checkpoint(model, out), moment, begun)
+        if index.exists():
             have = {k: v for k, v in digests(out).items() if not Path(k).name.startswith(".")}
             check(have == good, "a folder with an index is not whole")
             found["whole"] += 1

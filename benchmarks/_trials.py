@@ -14,6 +14,8 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,10 @@ def check(claim: bool, words: str) -> None:
 
 def forked(work: Callable[[], Any]) -> Any:
     """What `work` gives in a process of its own; what it raises is raised here as `Wrong`."""
+    return _ended(*_started(work))
+
+
+def _started(work: Callable[[], Any]) -> tuple[BaseProcess, Connection]:
     answer, other = FORK.Pipe(duplex=False)
 
     def main() -> None:
@@ -56,6 +62,10 @@ def forked(work: Callable[[], Any]) -> Any:
     process = FORK.Process(target=main)
     process.start()
     other.close()
+    return process, answer
+
+
+def _ended(process: BaseProcess, answer: Connection) -> Any:
     try:
         fine, value = answer.recv()
     except EOFError:
@@ -90,16 +100,14 @@ def killed(
 def seen(work: Callable[[], Any], thing: Callable[[], Any]) -> tuple[float, float]:
     """Seconds that `work` takes in a process, and for how many of them `thing` was there."""
     begin = time.perf_counter()
-    process = FORK.Process(target=silent, args=(work,))
-    process.start()
+    process, answer = _started(work)
     times = []
-    while process.is_alive():
+    while not answer.poll(0.0005):
         if thing():
             times.append(time.perf_counter())
-        time.sleep(0.0005)
-    process.join()
-    check(process.exitcode == 0, "it failed")
-    return time.perf_counter() - begin, times[-1] - times[0] if times else 0.0
+    _ended(process, answer)
+    check(bool(times), "what was looked for was never there")
+    return time.perf_counter() - begin, times[-1] - times[0]
 
 
 def silent(work: Callable[[], Any]) -> None:

@@ -35,7 +35,7 @@ from _kills import (
     kills_in_tuning,
 )
 from _surroundings import clocks, places, two_jobs
-from _trials import Wrong
+from _trials import Wrong, check
 
 from qjax.core.safetensors_io import atomic_write
 
@@ -129,7 +129,10 @@ def main() -> None:
         start = time.perf_counter()
         entry: dict[str, Any] = {"claim": (case.__doc__ or "").splitlines()[0], "held": True}
         try:
-            entry["counts"] = case(folder, random.Random(args.seed), quick if args.quick else often)
+            counts = case(folder, random.Random(args.seed), quick if args.quick else often)
+            entry["counts"] = counts
+            never = [key for key, count in counts.items() if count == 0 and not args.quick]
+            check(not never, f"claimed of nothing that happened: {never}")
         except Wrong as error:
             entry |= {"held": False, "error": str(error)}
         finally:
