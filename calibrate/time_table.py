@@ -44,7 +44,8 @@ class TimePrecalculation:
         """The steps of the sampler, if they are chosen.
 
         Raises:
-          ValueError: If they are not, or the network has nothing that depends on t alone.
+          ValueError: If they are not; if the network is not one of this library, or has nothing that
+            depends on t alone.
         """
         replaced_layers(network_of(pipe))
         if self.steps is None:

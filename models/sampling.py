@@ -187,8 +187,8 @@ def sample(
       guidance_rescale: As there.
       guidance_channels: As there.
       return_trajectory: Whether all samples and predictions are kept.
-      mesh: Each of its devices draws its part of the batch, within a `jax.jit`; what is given
-        lies there already.
+      mesh: Each of its devices draws its part of the batch, which is a multiple of their number;
+        within a `jax.jit`, and what is given lies there already.
 
     Returns:
       The samples, and the trajectory or None.

@@ -34,6 +34,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+pytest.register_assert_rewrite("parity")
 
 
 FILES, TESTS = itertools.count(), itertools.count()

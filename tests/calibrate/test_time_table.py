@@ -189,6 +189,14 @@ def test_a_network_without_a_port_is_refused_before_a_stage_runs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_with_nothing_that_depends_on_t_alone_is_refused_before_a_stage_runs():
+    model = build_denoiser("UNet2DConditionModel", LDM | {"time_cond_proj_dim": 4}).model
+    pipe = Pipeline.from_apply(model.apply, {}, SAMPLER, (4, 4, 4))
+    recipe = Recipe(quant=QuantConfig(), stages=(Never(), TimePrecalculation(steps=STEPS)))
+    with pytest.raises(ValueError, match="UNet2DConditionModel has none: its guidance"):
+        run(pipe, recipe)
+
+
 DRAW = """
 import sys, jax, numpy as np
 from qjax.models.loading import load_pipeline

@@ -88,7 +88,7 @@ def tiny_config(**settings):
 
 
 def vector(b, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, TIME_DIM)).astype(np.float32)
+    return array(b, TIME_DIM, seed=seed)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import array, assert_close, from_torch, to_torch
+from parity import array, assert_close, from_torch, randomize, to_torch
 
 from qjax.models.autoencoder_config import VQModelConfig
 from qjax.models.convert import convert, to_checkpoint
@@ -58,16 +58,11 @@ def tiny_config(**settings):
 @functools.cache
 def reference_model(name):
     """Diffusers' model with every parameter drawn anew, and ours with its parameters."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     import diffusers
 
     config = tiny_config(**MODELS[name])
-    theirs = diffusers.VQModel.from_config(config.to_diffusers()).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in theirs.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = noise * fan_in**-0.5 + (parameter.ndim == 1) * 0.5
+    theirs = randomize(diffusers.VQModel.from_config(config.to_diffusers()))
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
     return theirs, VQModel(config), convert(tensors, checkpoint_keys(config))
 
