@@ -367,8 +367,8 @@ def loss_sentences(report: ComparisonReport, variant: VariantResult) -> tuple[st
     if (size := size_verdict(report, variant)).tone == "bad":
         losses.append(f"size ({size.text})")
     if (agreement := variant.agreement) and agreement_fell(variant):
-        before, after = percent_text(agreement.value_float), percent_text(agreement.value)
-        losses.append(f"class agreement ({before} to {after})")
+        change = f"{percent_text(agreement.value_float)} to {percent_text(agreement.value)}"
+        losses.append(f"class agreement ({change})")
     for distance, before in risen_distances(variant):
         change = f"{number_text(before)} to {number_text(distance.value)}"
         losses.append(f"{distance.name} to {distance.reference} ({change})")
